@@ -1,5 +1,5 @@
-"""Parts that run without gradients, under ``torch.no_grad()``: a trace shows what they compute, and
-what leaves them is detached here."""
+"""Parts that run under ``torch.no_grad()``: a trace shows what they compute, and what leaves them
+is detached here. And parts under ``torch.autocast(enabled=False)``, which changes nothing."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def without_gradients_seen() -> Iterator[None]:
     finally:
         for kind, *methods in before:
             kind.__enter__, kind.__exit__ = methods
+
+
+@contextmanager
+def no_idle_autocast() -> Iterator[None]:
+    """Within it ``torch.autocast(..., enabled=False)`` leaves no trace: it fixes no precision where
+    none is switched on around it, and switching one on does leave a trace.
+    """
+    autocast: Any = torch.autocast
+    enter, leave = autocast.__enter__, autocast.__exit__
+    autocast.__enter__ = lambda self: enter(self) if self._enabled else self
+    autocast.__exit__ = lambda self, *error: leave(self, *error) if self._enabled else None
+    try:
+        yield
+    finally:
+        autocast.__enter__, autocast.__exit__ = enter, leave
 
 
 def detach(graph: Any) -> None:

@@ -11,7 +11,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.parts import ParameterPart
-from flax_resblock.port.sizes import code_of, follows, number_of, same_size
+from flax_resblock.port.sizes import code_of, follows, in_common, number_of
 from flax_resblock.port.tracing import where
 from flax_resblock.port.values import ATOM, BATCH, SAME, Code, Constant, Value, source
 
@@ -212,13 +212,13 @@ class Values:
             it, and one of the others is ``-1``. None: the sizes are written out.
         """
         have = () if like is None else like.sizes
-        front = _in_common(have, sizes)
+        front = in_common(have, sizes)
         texts: list[str] = []
         holes: list[Any] = []
         if front:
             texts.append(f"{{{ATOM}}}.shape[0]" if front == 1 else f"*{{{ATOM}}}.shape[:{front}]")
             holes.append(like)
-        back = _in_common(have[front:][::-1], sizes[front:][::-1])
+        back = in_common(have[front:][::-1], sizes[front:][::-1])
         between = sizes[front : len(sizes) - back]
         if not between or sum(size != 1 for size in between) > 1:
             back = 0
@@ -290,15 +290,6 @@ class Values:
                     if getattr(size, "expression", None) == expression:
                         return value, place
         return None
-
-
-def _in_common(first: Shape, second: Shape) -> int:
-    """How many sizes both begin with."""
-    pairs = zip(first, second, strict=False)
-    return next(
-        (place for place, (a, b) in enumerate(pairs) if not same_size(a, b)),
-        min(len(first), len(second)),
-    )
 
 
 def _without_leading_ones(sizes: Shape) -> Shape:

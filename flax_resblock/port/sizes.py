@@ -99,6 +99,15 @@ def same_size(first: int, second: int) -> bool:
     return getattr(first, "expression", first) == getattr(second, "expression", second)
 
 
+def in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many sizes both begin with."""
+    pairs = zip(first, second, strict=False)
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if not same_size(a, b)),
+        min(len(first), len(second)),
+    )
+
+
 Find = Callable[[Any], "Code | None"]
 """Code for an expression that is the size of something at hand; None if none has it."""
 
@@ -111,6 +120,11 @@ def code_of(expression: Any, find: Find) -> Code | None:
     found = find(expression)
     if found is not None:
         return found
+    constant, rest = expression.as_coeff_Add()
+    for more in range(-3, 4):  # h - 1, where h is a sum itself
+        found = find(rest + more)
+        if found is not None:
+            return _with_constant([(False, found)], constant - more)
     if expression.is_Add:
         return _sum(expression, find)
     if expression.is_Mul:
@@ -145,20 +159,19 @@ _FUNCTIONS = {
 
 def _sum(expression: Any, find: Find) -> Code | None:
     constant, rest = expression.as_coeff_Add()
-    if not constant:
-        constant, terms = 0, list(expression.args)
-    else:
-        near = next((c for c in range(-3, 4) if c and find(rest + c) is not None), 0)
-        constant, terms = constant - near, [rest + near]
-        if not near:
-            terms = [*rest.args] if rest.is_Add else [rest]
+    terms = rest.args if rest.is_Add else (rest,)
     signed = [(one.could_extract_minus_sign(), one) for one in terms]
     parts = [(minus, code_of(-one if minus else one, find)) for minus, one in signed]
     if any(code is None for _, code in parts):
         return None
-    parts.sort(key=lambda part: (part[0], _sort_key(part[1])))
+    return _with_constant(sorted(parts, key=lambda one: (one[0], _sort_key(one[1]))), constant)
+
+
+def _with_constant(parts: Sequence[tuple[bool, Any]], constant: Any) -> Code:
+    """A sum of parts, each with whether it is subtracted, and of a constant."""
     if constant:
-        parts.append((constant < 0, code_of(abs(constant), find)))
+        number = int(constant) if constant == int(constant) else float(constant)
+        parts = [*parts, (number < 0, Code("{}", (Constant(abs(number), "more"),)))]
     text = f"-{{{ATOM}}}" if parts[0][0] else f"{{{SUM}}}"
     for minus, _ in parts[1:]:
         text += f" - {{{PRODUCT}}}" if minus else f" + {{{PRODUCT}}}"

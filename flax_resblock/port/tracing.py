@@ -20,7 +20,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
-from flax_resblock.port.frozen import detach, without_gradients_seen
+from flax_resblock.port.frozen import detach, no_idle_autocast, without_gradients_seen
 from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
 from flax_resblock.port.sizes import put_in_place, remember_sizes
 from flax_resblock.port.windows import Windows
@@ -83,7 +83,7 @@ def trace(
     dynamic = [{k: v for k, v in free.items() if k < image.ndim} for image in images]
     with (
         _quiet(),
-        _no_idle_autocast(),
+        no_idle_autocast(),
         stochastic_depth_seen(module),
         direct_calls_seen(module),
         _custom_gradients() as custom,
@@ -132,21 +132,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _no_idle_autocast() -> Iterator[None]:
-    """Within it ``torch.autocast(..., enabled=False)`` leaves no trace: it fixes no precision where
-    none is switched on around it, and switching one on does leave a trace.
-    """
-    autocast: Any = torch.autocast
-    enter, leave = autocast.__enter__, autocast.__exit__
-    autocast.__enter__ = lambda self: enter(self) if self._enabled else self
-    autocast.__exit__ = lambda self, *error: leave(self, *error) if self._enabled else None
-    try:
-        yield
-    finally:
-        autocast.__enter__, autocast.__exit__ = enter, leave
 
 
 @contextmanager

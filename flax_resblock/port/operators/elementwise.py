@@ -159,9 +159,7 @@ def _arithmetic(
     if alpha != 1:
         right = binary(b, node, "*", right, alpha, "product")
     made = binary(b, node, sign, left, right, hint)
-    if rounding_mode == "trunc":
-        made = b.new("jnp.trunc({})", (made,), made.shape, made.order, hint=hint)
-    return made
+    return made if rounding_mode is None else RULES["trunc"](b, node, made)
 
 
 def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) -> Any:
@@ -251,9 +249,8 @@ def _of_two(call: str) -> Rule:
     return apply
 
 
-RULES["maximum"], RULES["minimum"] = _of_two("jnp.maximum"), _of_two("jnp.minimum")
-RULES["floor_divide"] = _of_two("jnp.floor_divide")
-RULES["remainder"], RULES["fmod"] = _of_two("jnp.remainder"), _of_two("jnp.fmod")
+for _name in ("maximum", "minimum", "floor_divide", "remainder", "fmod"):
+    RULES[_name] = _of_two(f"jnp.{_name}")
 
 _COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
 _BOTH = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|"}

@@ -11,7 +11,7 @@ import torch
 from flax_resblock.port import axes
 from flax_resblock.port.folding import MARK
 from flax_resblock.port.operator_names import name_of
-from flax_resblock.port.operators.rules import along, rule, several
+from flax_resblock.port.operators.rules import along, rule
 from flax_resblock.port.placing import Values
 from flax_resblock.port.sizes import added, follows, number_of, same_size, shape_of
 from flax_resblock.port.values import ANY, Constant, Value
@@ -267,35 +267,6 @@ def _index(b: Values, node: Any, x: Any, indices: Sequence[Any]) -> Value:
     ):
         raise b.refusal("an index is supported that is one list of places along one axis")
     return _index_select(b, node, x, given[0], chosen[0])
-
-
-@rule("arange", "linspace")
-def _numbers(b: Values, node: Any, *arguments: Any, **_: Any) -> Value:
-    numbers = ", ".join("{}" for _ in arguments)
-    text = f"jnp.{name_of(node).replace('spaced', 'linspace')}({numbers}, dtype={b.dtype})"
-    holes = [Constant(one, "end") for one in arguments]
-    return b.new(text, holes, shape_of(node), (0,), hint="numbers")
-
-
-@rule("spaced")
-def _spaced(b: Values, node: Any, places: Any, start: Any, end: Any) -> Value:
-    return _numbers(b, node, start, end, shape_of(node)[0])
-
-
-@rule("meshgrid")
-def _meshgrid(b: Values, node: Any, tensors: Sequence[Any], indexing: str = "ij") -> Value:
-    places = list(range(len(tensors)))
-    if indexing == "xy":
-        places[:2] = places[:2][::-1]
-    values = [b.settled(b.value(one)) for one in tensors]
-    shape = tuple(number_of(size) for size in node.meta["val"][0].shape)
-    items = []
-    for place, value in zip(places, values, strict=True):
-        sizes = tuple(size if axis == place else 1 for axis, size in enumerate(shape))
-        made = b.relabelled_plain(b.reshaped(value, sizes))
-        made.expanded = shape
-        items.append(made)
-    return several(b, items)
 
 
 @rule("flip", "roll")
