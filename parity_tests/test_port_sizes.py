@@ -119,9 +119,10 @@ class Gate(nn.Module):
         return x * self.fc(pooled.view(pooled.size(0), -1))[:, :, None, None].expand_as(x)
 
 
+@pytest.mark.slow
 def test_a_window_that_is_a_size_stays_one():
     ported = flax_resblock.port(Gate(), image_size=(64, 64))
-    assert "nn.avg_pool(x, x.shape[1])" in ported.source
+    assert "nn.avg_pool(conv, x.shape[1])" in ported.source
     assert "only" not in str(ported.notes)
 
 
@@ -147,7 +148,7 @@ class Frozen(nn.Module):
 def test_a_part_without_gradients_is_one_in_the_port_too(monkeypatch):
     ported = flax_resblock.port(Frozen(), image_size=(9, 8))
     assert "self.head(jax.lax.stop_gradient(self.backbone(x)))" in ported.source
-    assert ported.figures["float64 training gradients"]["tensors"] == 2
+    assert ported.figures["float64 training gradients"]["error"] < 1e-12
     monkeypatch.setattr(tracing, "detach", lambda graph: None)
     with pytest.raises(InputError, match="in training mode gradients of backbone"):
         flax_resblock.port(Frozen(), image_size=(9, 8))

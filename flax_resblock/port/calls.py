@@ -116,7 +116,7 @@ def _random_state() -> tuple[int, int]:
 _NUMBERS = int | float | torch.SymInt | torch.SymFloat
 
 
-def _numbers(several: Sequence[Any]) -> Iterator[float]:
+def _numbers(several: Sequence[Any]) -> Iterator[Any]:
     """The numbers among arguments."""
     for one in leaves(several):
         if isinstance(one, slice):

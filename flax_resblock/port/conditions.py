@@ -42,13 +42,16 @@ class Conditions:
     Args:
       module: In the mode to run it in; left as it was.
       shapes: Of its inputs without the batch.
+    Attributes:
+      computed: Why :meth:`bound_to_size` would have bound the module to its size, had the numbers
+        in its code not been what a trace with images of any size has in their place.
     """
 
     def __init__(self, module: torch.nn.Module, shapes: Shapes) -> None:
         self.module, self.shapes = module, shapes
         self.mode = "training" if module.training else "evaluation"
         self._bare = copy.deepcopy(module).to("meta")
-        self.fake = False
+        self.fake, self.computed = False, ""
         self.calls = self._run(2, shapes)
         if self.calls is None:  # it holds or makes tensors with numbers
             self.fake = True
@@ -167,13 +170,18 @@ class Conditions:
             calls = self._run(2, shapes)
             if calls is None:
                 continue
-            found = _otherwise(self.calls, calls) or _unexplained(
-                self.calls, other, calls, (self.shapes, at_other, shapes), self._expected(shapes)
-            )
-            if found is not None:
-                shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
-                at = f" at {found.place}" if found.place else ""
-                return f"at {shown} its code does something else{at} ({found.name})"
+            of_all = (self.calls, other, calls), (self.shapes, at_other, shapes)
+            path = _otherwise(self.calls, calls)
+            found = path or _unexplained(*of_all)
+            if found is None:
+                continue
+            shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
+            at = f" at {found.place}" if found.place else ""
+            why = f"at {shown} its code does something else{at} ({found.name})"
+            expected = [] if path else self._expected(shapes)
+            if not expected or _unexplained(*of_all, expected):
+                return why
+            self.computed = self.computed or why
         return ""
 
 
@@ -200,26 +208,24 @@ def _is_linear(batch: int, one: Call, two: Call, three: Call) -> bool:
 
 
 def _unexplained(
-    calls: Sequence[Call],
-    compared: Sequence[Call],
-    others: Sequence[Call],
+    runs: tuple[Sequence[Call], Sequence[Call], Sequence[Call]],
     all_shapes: Any,
-    expected: Sequence[tuple[Any, ...]],
+    expected: Sequence[tuple[Any, ...]] = (),
 ) -> Call | None:
     """The first of other calls with a number that was, where results are compared, the same or the
     size of something, and is neither here, nor what is expected.
 
     Args:
-      calls, compared, others: At the module's own size, at that which is compared, and here.
+      runs: The calls at the module's own size, at that which is compared, and here.
       all_shapes: Of the inputs in each.
       expected: The numbers of every call here, as they follow from sizes; empty if unknown.
     """
-    for place, several in enumerate(zip(calls, compared, others, strict=True)):
+    for place, several in enumerate(zip(*runs, strict=True)):
         known = expected[place] if expected else ()
         for number, (a, b, c) in enumerate(zip(*(one.numbers for one in several), strict=False)):
             if c == a == b or (number < len(known) and c == known[number]):
                 continue
-            of_all = zip((calls, compared, others), all_shapes, strict=True)
+            of_all = zip(runs, all_shapes, strict=True)
             sizes = zip(*(_sizes(run, shapes, place) for run, shapes in of_all), strict=False)
             agree = [z == c for x, y, z in sizes if (x, y) == (a, b)] + [c == a] * (a == b)
             if agree and not any(agree):

@@ -167,27 +167,29 @@ def _ported(
 
     reader, in_both_modes = read(shapes, False)
     compared = [grown(shapes, more) for more in larger_by(size)]
-    bound, by_batch = "", ""
+    bound, by_batch, computed = "", "", ""
     other, following = (), set()
     for part in [module, *([copy.deepcopy(module).train()] if in_both_modes else [])]:
         conditions = Conditions(part, shapes)
         by_batch = conditions.refuse_by_batch() or by_batch
         bound = bound or conditions.bound_to_size(compared)
+        computed = computed or conditions.computed
         other, following = conditions.following(compared)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    options: dict[str, Any] = {"exact": exact, "bound": bound}
+    options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
     plain, classes = write(reader)
 
     def for_any_size() -> PortedNetwork | None:
         try:
             made, _ = write(read(other, True)[0])
-            proof = _proved(module, made, reader.traced, {**options, "guessed": True})
+            free = {"exact": exact, "guessed": True}
+            proof = _proved(module, made, reader.traced, free)
         except Exception:  # what cannot be written for any size may be right for one
             return None
         made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
         return None if proof.fixed_size else made
 
-    seen = bool(following & reader.numbers())
+    seen = bool(computed or following & reader.numbers())
     made = for_any_size() if seen and not bound else None
     if made is not None:
         return made

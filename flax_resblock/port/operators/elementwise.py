@@ -168,7 +168,7 @@ def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) ->
         return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}[
             sign
         ](*numbers)
-    if sign == "+" and numbers == [0]:  # where Python's sum begins
+    if sign == "+" and numbers == [0] and not follows(numbers[0]):  # where Python's sum begins
         return b.settled(b.value(right if left in numbers else left))
     least = SUM if sign in "+-" else PRODUCT
     after = least + 1 if sign in "-/" or isinstance(right, Value) or follows(right) else least

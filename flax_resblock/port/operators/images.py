@@ -24,7 +24,7 @@ def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
         for name, default in zip(names, defaults, strict=True):
             size = plain_size(given.get(name, default))
             size = None if name == "stride" and size in ((), [], window) else size
-            if size != default:
+            if size != default or follows(size):
                 shown[name] = size
         text = f"nn.{call}({{}}, {{}}" + "".join(f", {name}={{}}" for name in shown) + ")"
         holes = [value, Constant(window, "window")]

@@ -175,7 +175,7 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     value = b.settled(b.value(x))
     lengths = [number_of(one.shape[dim]) for one in node.meta["val"]]
     axis = along(b, value, dim)
-    if len(set(lengths)) == 1:
+    if all(same_size(one, lengths[0]) for one in lengths):
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
     text = f"jnp.split({{}}, {{}}, axis={axis})"
     ends = list(accumulate(lengths[:-1], added))
@@ -228,13 +228,14 @@ def sliced(
     b: Values, value: Value, dim: int, start: Any, end: Any, step: int
 ) -> tuple[str, list[Any]] | None:
     """The index of a slice along one axis, with its holes; None if it is the whole tensor."""
-    start, end = b.number(start) or 0, b.number(end)
+    start, end = 0 if start is None else b.number(start), b.number(end)
     size = value.shape[dim % len(value.shape)]
     whole_end = end is None or (end >= size if not follows(end) else same_size(end, size))
-    if start == 0 and whole_end and step == 1:
+    from_first = start == 0 and not follows(start)
+    if from_first and whole_end and step == 1:
         return None
-    holes: list[Any] = [Constant(start, "start")] if start else []
-    text = ("{}" if start else "") + ":" + ("" if whole_end else "{}")
+    holes: list[Any] = [] if from_first else [Constant(start, "start")]
+    text = ("" if from_first else "{}") + ":" + ("" if whole_end else "{}")
     text += f":{step}" if step != 1 else ""
     holes += [] if whole_end else [Constant(end, "end")]
     return indexed(value.order.index(dim % len(value.shape)), len(value.shape), text), holes
