@@ -16,25 +16,31 @@ _MARK = "flax_resblock_without_gradients"
 @contextmanager
 def without_gradients_seen() -> Iterator[None]:
     """Within it, a trace marks the nodes that are computed without gradients."""
-    kinds: Any = (torch.no_grad, torch.set_grad_enabled)
-    before = [(kind, kind.__enter__, kind.__exit__) for kind in kinds]
+    kinds: Any = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
+    names = ("__init__", "__enter__", "__exit__")
+    before = [(kind, name, getattr(kind, name)) for kind in kinds for name in names]
     marks: list[Any] = []
 
+    def create(self: Any, mode: Any = None) -> None:
+        self.mode = isinstance(self, torch.enable_grad) if mode is None else bool(mode)
+
     def enter(self: Any) -> None:
-        marks.append(annotate({_MARK: not getattr(self, "mode", False)}))
+        on = getattr(self, "mode", isinstance(self, torch.enable_grad))
+        marks.append(annotate({_MARK: not on}))
         marks[-1].__enter__()
 
     def leave(self: Any, *error: Any) -> None:
         marks.pop().__exit__(*error)
 
     try:
-        with torch.no_grad(), preserve_node_meta():  # which a trace shows as it is
+        with torch.no_grad(), preserve_node_meta():
             for kind in kinds:
-                kind.__enter__, kind.__exit__ = enter, leave
+                for name, method in zip(names, (create, enter, leave), strict=True):
+                    setattr(kind, name, method)
             yield
     finally:
-        for kind, *methods in before:
-            kind.__enter__, kind.__exit__ = methods
+        for kind, name, method in before:
+            setattr(kind, name, method)
 
 
 @contextmanager
