@@ -3,8 +3,10 @@ is detached here. And parts under ``torch.autocast(enabled=False)``, which chang
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,30 +19,49 @@ _MARK = "flax_resblock_without_gradients"
 def without_gradients_seen() -> Iterator[None]:
     """Within it, a trace marks the nodes that are computed without gradients."""
     kinds: Any = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
-    names = ("__init__", "__enter__", "__exit__")
-    before = [(kind, name, getattr(kind, name)) for kind in kinds for name in names]
+    before = {kind: (kind.__init__, kind.__enter__, kind.__exit__) for kind in kinds}
     marks: list[Any] = []
 
-    def create(self: Any, mode: Any = None) -> None:
-        self.mode = isinstance(self, torch.enable_grad) if mode is None else bool(mode)
+    def genuine(self: Any, which: int, *arguments: Any) -> None:
+        kind = next(one for one in type(self).__mro__ if one in before)
+        before[kind][which](self, *arguments)
+
+    def create(self: Any, *mode: Any) -> None:
+        if _is_own(sys._getframe(1)):
+            self.mode = bool(mode[0]) if mode else isinstance(self, torch.enable_grad)
+        else:
+            genuine(self, 0, *mode)
 
     def enter(self: Any) -> None:
-        on = getattr(self, "mode", isinstance(self, torch.enable_grad))
-        marks.append(annotate({_MARK: not on}))
-        marks[-1].__enter__()
+        if _is_own(sys._getframe(1)):
+            on = getattr(self, "mode", isinstance(self, torch.enable_grad))
+            marks.append(annotate({_MARK: not on}))
+            marks[-1].__enter__()
+        else:
+            genuine(self, 1)
 
     def leave(self: Any, *error: Any) -> None:
-        marks.pop().__exit__(*error)
+        if _is_own(sys._getframe(1)):
+            marks.pop().__exit__(*error)
+        else:
+            genuine(self, 2, *error)
 
     try:
         with torch.no_grad(), preserve_node_meta():
             for kind in kinds:
-                for name, method in zip(names, (create, enter, leave), strict=True):
-                    setattr(kind, name, method)
+                kind.__init__, kind.__enter__, kind.__exit__ = create, enter, leave
             yield
     finally:
-        for kind, name, method in before:
-            setattr(kind, name, method)
+        for kind, methods in before.items():
+            kind.__init__, kind.__enter__, kind.__exit__ = methods
+
+
+def _is_own(frame: Any) -> bool:
+    """Whether a frame is of the user's code: PyTorch switches gradients off itself, too."""
+    code = frame.f_code
+    if code.co_name == "decorate_context":
+        code = getattr(frame.f_locals.get("func"), "__code__", code)
+    return not code.co_filename.startswith(str(Path(torch.__file__).parent))
 
 
 @contextmanager
