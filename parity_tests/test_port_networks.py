@@ -311,11 +311,6 @@ class Cast(Small):
         return self.conv(x).float().mean((2, 3))
 
 
-class BatchRoot(Small):
-    def forward(self, x):
-        return self.conv(x) * x.shape[0] ** 0.5
-
-
 class Volume(Small):
     def forward(self, x):
         return F.conv3d(self.conv(x)[:, None], self.conv.weight[:, None])
@@ -358,7 +353,6 @@ class ByShape(Small):
         (Noisy, ["aten.randn_like", "x + torch.randn_like(x)"]),
         (AlwaysDropped, ["dropout is on in evaluation mode", "training=self.training"]),
         (Cast, ["casts to torch.float32", ".float()"]),
-        (BatchRoot, ["depends on the size of the batch", "x.shape[0] ** 0.5"]),
         (Volume, ["aten.conv3d", "F.conv3d"]),
         (TiedLayouts, ["back.weight", "conv.weight", "one parameter of two modules"]),
         (CalledTwoWays, ["part is called more than once", "depends on the call"]),

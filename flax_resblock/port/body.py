@@ -31,11 +31,13 @@ from flax_resblock.port.modules import (
     is_container,
     without_call,
 )
+from flax_resblock.port.operator_names import RESHAPES, name_of
 from flax_resblock.port.parts import (
     Body,
     ContainerPart,
 )  # fmt: skip
-from flax_resblock.port.tracing import Traced, number_of, shape_of
+from flax_resblock.port.sizes import number_of, shape_of
+from flax_resblock.port.tracing import Traced
 from flax_resblock.port.tying import tie
 from flax_resblock.port.values import Code, Value
 from flax_resblock.port.writing import write
@@ -47,13 +49,10 @@ class Reader:
     Args:
       traced: In evaluation mode.
       training: In training mode, if it returns more there.
-      any_size: Write heights and widths for images of any size where that can be guessed.
     """
 
-    def __init__(
-        self, traced: Traced, training: Traced | None = None, any_size: bool = False
-    ) -> None:
-        self.traced, self.training, self.any_size = traced, training, any_size
+    def __init__(self, traced: Traced, training: Traced | None = None) -> None:
+        self.traced, self.training = traced, training
         self.name = type(traced.live).__name__
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
@@ -72,6 +71,16 @@ class Reader:
             raise InputError(
                 f"{self.name} cannot be ported: in module {path}{at}, {error}"
             ) from error
+
+    def numbers(self) -> set[Any]:
+        """The numbers in the code of what was read, and those that its operators are given but for
+        the sizes of reshapes."""
+        values: list[Any] = [one.value for body in self.bodies.values() for one in body.constants]
+        for part in self.traced.graphs.modules():
+            for node in getattr(getattr(part, "graph", None), "nodes", ()):
+                if node.op == "call_function" and name_of(node) not in RESHAPES:
+                    values += [node.args, node.kwargs]
+        return {one for one in leaves(values) if isinstance(one, int | float)}
 
     def trace_of(self, path: str) -> Traced:
         """The trace that has a graph of the module."""
@@ -114,7 +123,7 @@ class BodyReader(Parts):
         self.live = reader.live(path)
         kind = type(self.live).__name__
         place = f"module {path} ({kind})" if path else "its forward pass"
-        super().__init__(reader.name, place, reader.any_size)
+        super().__init__(reader.name, place)
         self.reader, self.path, self.skipped = reader, path, skipped
         self.body = Body(without_call(path), type(self.live))
         self.traced = reader.trace_of(path)
@@ -169,12 +178,7 @@ class BodyReader(Parts):
 
     def _outputs(self, result: Any) -> list[Value]:
         flat = list(leaves(result))
-        if self.path:  # sizes that one module computes and another one uses are numbers here
-            found = [self.number(one) for one in flat]
-            self.body.numbers = {i: n for i, n in enumerate(found) if not isinstance(n, Value)}
-            flat = [one for one in found if isinstance(one, Value)]
-        numbered = bool(self.body.numbers) and len(flat) == 1
-        self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != "" and not numbered
+        self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
         self.body.result = ", ".join("{}" for _ in flat)
         if not all(isinstance(self.number(one), Value) for one in flat):
             raise self.refusal("it returns a number beside its tensors; return tensors alone")
@@ -193,11 +197,9 @@ class BodyReader(Parts):
         self.body.list_input = len(tensors) > 1 and len(names) == 1
         for node in self.graph.nodes:
             if node.op == "placeholder" and node not in tensors:
-                value = node.meta.get("val")
-                known = value is None or isinstance(value, int | float | str)
-                self.env[node] = value if known else number_of(value)
+                self.env[node] = number_of(node.meta.get("val"))
         for place in list_order(self.graph) if self.body.list_input else range(len(tensors)):
-            shape, order = inputs[place]
+            shape, order = shape_of(tensors[place]), inputs[place][1]
             if self.body.list_input:
                 name = f"{names[0]}[{len(self.listed)}]"
             else:
@@ -240,17 +242,12 @@ class BodyReader(Parts):
         text = f"{self.accessor(target)}({text})"
         hint = hint_of(target)
         if not body.is_tuple:
-            (shape, order) = body.outputs[0]
-            shape = shape if body.numbers else shape_of(node)
-            made = self.new(text, holes, shape, order, hint=hint)
-            return _with_numbers([made], body) if body.numbers else made
+            return self.new(text, holes, shape_of(node), body.outputs[0][1], hint=hint)
         whole = self.new(text, holes, (), (), hint=hint)
         whole.items = [
             self.new(f"{{3}}[{place}]", (whole,), shape, order, hint=f"{hint}{place}")
             for place, (shape, order) in enumerate(body.outputs)
         ]
-        if body.numbers:
-            return _with_numbers(whole.items, body)
         return whole if len(whole.items) > 1 else whole.items[0]
 
     def apply(self, layer: Layer, target: str, x: Value, shape: Shape) -> Value:
@@ -277,10 +274,3 @@ class BodyReader(Parts):
             return self.new(text, (x,), shape, order, hint=hint_of(target))
         text, holes = layer_call(layer)
         return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
-
-
-def _with_numbers(tensors: Sequence[Value], body: Body) -> list[Any]:
-    """What a module returns: its tensors, and its numbers between them."""
-    rest = iter(tensors)
-    count = len(tensors) + len(body.numbers)
-    return [body.numbers[i] if i in body.numbers else next(rest) for i in range(count)]

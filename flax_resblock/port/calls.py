@@ -113,12 +113,15 @@ def _random_state() -> tuple[int, int]:
     return hash(random.getstate()), hash((name, np.asarray(numbers).tobytes(), place))
 
 
-def _numbers(several: Sequence[Any]) -> Iterator[float]:
+_NUMBERS = int | float | torch.SymInt | torch.SymFloat
+
+
+def _numbers(several: Sequence[Any]) -> Iterator[Any]:
     """The numbers among arguments."""
     for one in leaves(several):
         if isinstance(one, slice):
             yield from _numbers([one.start, one.stop, one.step])
-        elif isinstance(one, int | float) and not isinstance(one, bool):
+        elif isinstance(one, _NUMBERS) and not isinstance(one, bool):
             yield one
 
 

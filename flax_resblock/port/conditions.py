@@ -9,14 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from flax_resblock.errors import InputError
 from flax_resblock.port.calls import Call, Calls
 from flax_resblock.port.inputs import Shapes
+from flax_resblock.port.operator_names import RESHAPES
+from flax_resblock.port.windows import Windows
 
 BATCHES = (1, 3, 4, 9, 32, 64, 128, 1000)
 
@@ -30,9 +35,6 @@ SIZES = (
 FACTORS = (0.25, 0.4, 0.5, 0.77, 1.5, 2, 4.01, 16)
 """Of the sizes of other inputs."""
 
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "expand", "view_as", "reshape_as"}
-"""Calls among whose numbers are the sizes of what they return."""
-
 
 class Conditions:
     """Runs a module on shapes alone.
@@ -40,13 +42,16 @@ class Conditions:
     Args:
       module: In the mode to run it in; left as it was.
       shapes: Of its inputs without the batch.
+    Attributes:
+      computed: Why :meth:`bound_to_size` would have bound the module to its size, had the numbers
+        in its code not been what a trace with images of any size has in their place.
     """
 
     def __init__(self, module: torch.nn.Module, shapes: Shapes) -> None:
         self.module, self.shapes = module, shapes
         self.mode = "training" if module.training else "evaluation"
         self._bare = copy.deepcopy(module).to("meta")
-        self.fake = False
+        self.fake, self.computed = False, ""
         self.calls = self._run(2, shapes)
         if self.calls is None:  # it holds or makes tensors with numbers
             self.fake = True
@@ -68,6 +73,32 @@ class Conditions:
         except Exception:  # whatever the user's code raises
             return None
         return calls.found
+
+    @cached_property
+    def _followed(self) -> tuple[list[Any], list[tuple[Any, ...]]]:
+        """The sizes of the inputs as symbols, and the numbers of every call as expressions in
+        them; nothing where that cannot be told."""
+        copied, environment = copy.deepcopy(self.module), ShapeEnv(duck_shape=False)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+        inputs = [mode.from_tensor(torch.empty(2, *shape)) for shape in self.shapes]
+        try:
+            with mode, enable_python_dispatcher(), Windows():
+                sizes = [_expression(size) for one in inputs for size in one.shape]
+                with Calls() as calls:
+                    copied(*inputs)
+        except Exception:  # of code that needs numbers
+            return [], []
+        if _otherwise(self.calls or [], calls.found):
+            return [], []
+        return sizes, [tuple(map(_expression, one.numbers)) for one in calls.found]
+
+    def _expected(self, shapes: Shapes) -> list[tuple[Any, ...]]:
+        """The numbers of every call with inputs of these shapes, if the code takes the same path;
+        empty where that cannot be told."""
+        sizes, numbers = self._followed
+        values = [size for shape in shapes for size in (2, *shape)]
+        known = {s: v for s, v in zip(sizes, values, strict=False) if not isinstance(s, int)}
+        return [tuple(n.subs(known) if hasattr(n, "subs") else n for n in one) for one in numbers]
 
     def refuse_by_batch(self) -> str:
         """Refuses a module whose code does something else with batches of another size.
@@ -104,6 +135,27 @@ class Conditions:
                 )
         return note
 
+    def _at_other(self, compared: Sequence[Shapes]) -> tuple[list[Call] | None, Shapes]:
+        """The calls at the first of these shapes that the module takes, and these; None if it takes
+        none, or does something else there."""
+        runs = ((self._run(2, shapes), shapes) for shapes in compared)
+        other, shapes = next((pair for pair in runs if pair[0]), (None, ()))
+        if self.calls is None or other is None or _otherwise(self.calls, other):
+            return None, ()
+        return other, shapes
+
+    def following(self, compared: Sequence[Shapes]) -> tuple[Shapes, set[float]]:
+        """The first of these shapes that the module takes, if it does the same there, and which
+        numbers and sizes in its calls are other ones there; neither if there are none."""
+        other, shapes = self._at_other(compared)
+        found = {
+            a
+            for one, two in zip(self.calls or (), other or (), strict=False)
+            for a, b in zip((*one.numbers, *one.made), (*two.numbers, *two.made), strict=False)
+            if a != b
+        }
+        return shapes, found
+
     def bound_to_size(self, compared: Sequence[Shapes]) -> str:
         """Why the code of the module is another one at other sizes of its inputs, but neither at
         its own nor at those that are compared anyway; empty if it is not.
@@ -111,22 +163,31 @@ class Conditions:
         Args:
           compared: Shapes at which its results are compared; the first that it takes counts.
         """
-        runs = ((self._run(2, shapes), shapes) for shapes in compared)
-        other, at_other = next((pair for pair in runs if pair[0]), (None, ()))
-        if self.calls is None or other is None or _otherwise(self.calls, other):
+        other, at_other = self._at_other(compared)
+        if self.calls is None or other is None:
             return ""
         for shapes in _other_shapes(self.shapes):
             calls = self._run(2, shapes)
             if calls is None:
                 continue
-            found = _otherwise(self.calls, calls) or _unexplained(
-                self.calls, other, calls, (self.shapes, at_other, shapes)
-            )
-            if found is not None:
-                shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
-                at = f" at {found.place}" if found.place else ""
-                return f"at {shown} its code does something else{at} ({found.name})"
+            of_all = (self.calls, other, calls), (self.shapes, at_other, shapes)
+            path = _otherwise(self.calls, calls)
+            found = path or _unexplained(*of_all)
+            if found is None:
+                continue
+            shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
+            at = f" at {found.place}" if found.place else ""
+            why = f"at {shown} its code does something else{at} ({found.name})"
+            expected = [] if path else self._expected(shapes)
+            if not expected or _unexplained(*of_all, expected):
+                return why
+            self.computed = self.computed or why
         return ""
+
+
+def _expression(number: Any) -> Any:
+    """A number, or what it is in terms of sizes."""
+    return number.node.expr if hasattr(number, "node") else number
 
 
 def _otherwise(calls: Sequence[Call], others: Sequence[Call]) -> Call | None:
@@ -147,20 +208,24 @@ def _is_linear(batch: int, one: Call, two: Call, three: Call) -> bool:
 
 
 def _unexplained(
-    calls: Sequence[Call], compared: Sequence[Call], others: Sequence[Call], all_shapes: Any
+    runs: tuple[Sequence[Call], Sequence[Call], Sequence[Call]],
+    all_shapes: Any,
+    expected: Sequence[tuple[Any, ...]] = (),
 ) -> Call | None:
     """The first of other calls with a number that was, where results are compared, the same or the
-    size of something, and is neither here.
+    size of something, and is neither here, nor what is expected.
 
     Args:
-      calls, compared, others: At the module's own size, at that which is compared, and here.
+      runs: The calls at the module's own size, at that which is compared, and here.
       all_shapes: Of the inputs in each.
+      expected: The numbers of every call here, as they follow from sizes; empty if unknown.
     """
-    for place, several in enumerate(zip(calls, compared, others, strict=True)):
-        for a, b, c in zip(*(one.numbers for one in several), strict=False):
-            if c == a == b:
+    for place, several in enumerate(zip(*runs, strict=True)):
+        known = expected[place] if expected else ()
+        for number, (a, b, c) in enumerate(zip(*(one.numbers for one in several), strict=False)):
+            if c == a == b or (number < len(known) and c == known[number]):
                 continue
-            of_all = zip((calls, compared, others), all_shapes, strict=True)
+            of_all = zip(runs, all_shapes, strict=True)
             sizes = zip(*(_sizes(run, shapes, place) for run, shapes in of_all), strict=False)
             agree = [z == c for x, y, z in sizes if (x, y) == (a, b)] + [c == a] * (a == b)
             if agree and not any(agree):
@@ -171,7 +236,7 @@ def _unexplained(
 def _sizes(calls: Sequence[Call], shapes: Shapes, place: int) -> list[int]:
     """The sizes of what is known where a call is made, and products of neighbouring ones."""
     one = calls[place]
-    known = [(2, *shape) for shape in shapes] + [one.given, *(one.made,) * (one.name in _RESHAPES)]
+    known = [(2, *shape) for shape in shapes] + [one.given, *(one.made,) * (one.name in RESHAPES)]
     known += [call.made for call in calls[max(place - 40, 0) : place]]
     return [
         math.prod(shape[start:end])

@@ -87,7 +87,8 @@ def trace_training(
         part.training = False
     try:
         fold_layout = evaluation.folded is not NOTHING
-        training = trace(module, images, training=True, fold_layout=fold_layout)
+        options = {"fold_layout": fold_layout, "any_size": evaluation.any_size}
+        training = trace(module, images, training=True, **options)
     finally:
         module.eval()
     _refuse_random(training)

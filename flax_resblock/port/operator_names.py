@@ -35,6 +35,9 @@ _ALIASES = {
 }
 """Operators that are others under another name."""
 
+RESHAPES = {"view", "reshape", "flatten", "unflatten", "expand", "view_as", "reshape_as"}
+"""Operators among whose numbers are the sizes of what they return."""
+
 RANDOM = {
     *("bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "rand_like"),
     *("randint", "randn", "randn_like", "randperm", "random", "rrelu_with_noise", "uniform"),
@@ -44,6 +47,6 @@ RANDOM = {
 
 def name_of(node: Any) -> str:
     """``"add"`` for ``aten.add_.Tensor``."""
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    name = str(node.target).removeprefix("aten.").removeprefix("flax_resblock.").partition(".")[0]
     name = name[:-1] if name.endswith("_") and not name.startswith("_") else name
     return _ALIASES.get(name, name)

@@ -83,7 +83,6 @@ class Body:
       lines: Of ``__call__``; ``\\x01INDEX\\x02`` is a constant.
       constants: Of the lines.
       outputs: Order and PyTorch shape of each tensor that it returns.
-      numbers: What else it returns, by place: sizes that other modules use.
       is_tuple: Whether it returns several tensors.
       list_input: Whether its only argument is a list of tensors.
       sequence: If it does nothing but call modules in a row, those.
@@ -102,7 +101,6 @@ class Body:
     constants: list[Constant] = field(default_factory=list)
     input_shapes: list[Shape] = field(default_factory=list)
     outputs: list[tuple[Shape, Order]] = field(default_factory=list)
-    numbers: dict[int, Any] = field(default_factory=dict)
     is_tuple: bool = False
     list_input: bool = False
     sequence: ContainerPart | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from flax_resblock.errors import InputError
 from flax_resblock.port import axes
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.parts import ParameterPart
-from flax_resblock.port.tracing import FromBatch, where
+from flax_resblock.port.sizes import code_of, follows, in_common, number_of
+from flax_resblock.port.tracing import where
 from flax_resblock.port.values import ATOM, BATCH, SAME, Code, Constant, Value, source
 
 
@@ -22,11 +22,10 @@ class Values:
     Args:
       network: Its name, for messages.
       place: Of the module in the network, for messages.
-      any_size: Write a height and width as those of a value that has them, instead of as numbers.
     """
 
-    def __init__(self, network: str, place: str, any_size: bool = False) -> None:
-        self.network, self.place, self.any_size = network, place, any_size
+    def __init__(self, network: str, place: str) -> None:
+        self.network, self.place = network, place
         self.values: list[Value] = []
         self.env: dict[Any, Any] = {}
         self.node: Any = None
@@ -41,13 +40,15 @@ class Values:
 
     def number(self, argument: Any) -> Any:
         """An argument of an operator: a number, or a value."""
-        return self.env.get(argument, argument) if isinstance(argument, torch.fx.Node) else argument
+        return (
+            self.env.get(argument, argument)
+            if isinstance(argument, torch.fx.Node)
+            else number_of(argument)
+        )
 
     def value(self, argument: Any) -> Value:
         """The value of a node."""
         found = argument if isinstance(argument, Value) else self.number(argument)
-        if isinstance(found, FromBatch):
-            raise self.refusal("it computes with a number that depends on the size of the batch")
         if not isinstance(found, Value):
             raise self.refusal(f"it computes with {found!r} where a tensor is expected")
         return found
@@ -74,15 +75,29 @@ class Values:
         """The hole, or code for the size of the batch in it."""
         if not isinstance(hole, Constant):
             return hole
-        several = isinstance(hole.value, (tuple, list))
-        inside = [self.number(one) for one in (hole.value if several else [hole.value])]
-        if any(isinstance(one, Value) for one in inside):
-            raise self.refusal("it computes with a tensor where a number is expected")
-        if not any(isinstance(one, FromBatch) for one in inside):
-            return Constant(type(hole.value)(inside) if several else inside[0], hole.hint)
-        if inside == [BATCH]:
-            return Code(f"{{{ATOM}}}.shape[0]", (self._with_batch(),))
-        raise self.refusal("it computes with a number that depends on the size of the batch")
+        if not isinstance(hole.value, tuple | list):
+            number = self.number(hole.value)
+            if isinstance(number, Value):
+                raise self.refusal("it computes with a tensor where a number is expected")
+            return self.spell(number) if follows(number) else Constant(number, hole.hint)
+        inside = [self._constant(Constant(one, hole.hint)) for one in hole.value]
+        kind = type(hole.value)
+        if all(isinstance(one, Constant) for one in inside):
+            return Constant(kind(one.value for one in inside), hole.hint)
+        return self.row([self.number(one) for one in hole.value], kind)
+
+    def row(self, numbers: Sequence[Any], kind: type = tuple, *first: Value) -> Code:
+        """A tuple or list of numbers, of which some follow from sizes."""
+        ends = "[]" if kind is list else "()"
+        flat = not any(isinstance(one, tuple | list) for one in numbers)
+        holes = (
+            self.spelled(numbers, *first)
+            if flat
+            else [self._constant(Constant(one, "size")) for one in numbers]
+        )
+        if len(holes) == 1 and kind is tuple and isinstance(holes[0], Code):
+            return Code(holes[0].text.removeprefix("*"), holes[0].holes)
+        return Code(f"{ends[0]}{', '.join('{}' for _ in holes)}{ends[1]}", tuple(holes))
 
     @property
     def dtype(self) -> str:
@@ -197,88 +212,84 @@ class Values:
             it, and one of the others is ``-1``. None: the sizes are written out.
         """
         have = () if like is None else like.sizes
-        front = _in_common(have, sizes)
+        front = in_common(have, sizes)
         texts: list[str] = []
         holes: list[Any] = []
         if front:
             texts.append(f"{{{ATOM}}}.shape[0]" if front == 1 else f"*{{{ATOM}}}.shape[:{front}]")
             holes.append(like)
-        back = _in_common(have[front:][::-1], sizes[front:][::-1])
+        back = in_common(have[front:][::-1], sizes[front:][::-1])
         between = sizes[front : len(sizes) - back]
         if not between or sum(size != 1 for size in between) > 1:
             back = 0
         rest = sizes[front : len(sizes) - back]
-        batched = [place for place, size in enumerate(rest) if size % BATCH == 0]
-        map_at, map_code = self._map_in(rest)
-        free = None
-        if like is not None and rest:
-            others = [place for place in range(len(rest)) if place not in map_at]
-            pixels = math.prod(have[1:3]) if self.any_size and len(have) == 4 else 1
-            flat = [place for place in others if rest[place] == pixels > 1]
-            long = [place for place in others if rest[place] != 1]
-            free = next(iter((*batched, *flat, *long[-1:])), None)
-        for place, size in enumerate(rest):
-            if place in map_at:
-                if place == map_at[0]:
-                    texts.append("*{}")
-                    holes.append(map_code)
-            elif place == free:
-                texts.append("-1")
-            elif size % BATCH == 0:
-                factor = f"{size // BATCH} * " if size > BATCH else ""
-                texts.append(f"{factor}{{{ATOM}}}.shape[0]")
-                holes.append(self._with_batch())
-            else:
-                texts.append("{}")
-                holes.append(Constant(size, "size"))
+        free = None if like is None else self._free(rest)
+        groups = [rest] if free is None else [rest[:free], rest[free + 1 :]]
+        codes = [self.spelled(group) for group in groups]
+        between = [] if free is None else ["-1"]
+        texts += [*["{}"] * len(codes[0]), *between, *["{}"] * sum(map(len, codes[1:]))]
+        holes += [hole for group in codes for hole in group]
         if back:
             texts.append(f"{{{ATOM}}}.shape[-1]" if back == 1 else f"*{{{ATOM}}}.shape[-{back}:]")
             holes.append(like)
         return ", ".join(texts) + ("," if len(texts) == 1 and like is None else ""), holes
 
-    def map_sizes(self, sizes: Sequence[int], *first: Value) -> Code | None:
-        """Code for the height and width of a value that has these, looked for in these values
-        first; None if they are written as numbers.
+    def _free(self, sizes: Sequence[Any]) -> int | None:
+        """Which of the sizes of a reshape is written as ``-1``: that which is hardest to write."""
+        by_batch = [place for place, size in enumerate(sizes) if size % BATCH == 0]
+        free = [place for place, size in enumerate(sizes) if follows(size)]
+        one = len(free) == 1
+        computed = [at for at in free if one or not self._leaf(sizes[at].expression, ())]
+        long = [place for place, size in enumerate(sizes) if size != 1 and not follows(size)]
+        return next(iter((*by_batch, *computed, *long[-1:])), None)
+
+    def spelled(self, numbers: Sequence[Any], *first: Value) -> list[Any]:
+        """Numbers as holes of code, those that follow from sizes as code, looked for in these
+        values first. Neighbouring sizes of one value are one hole, ``*x.shape[1:3]``.
         """
-        for value in self._maps(*first) if max(sizes) > 1 else ():
-            if value.sizes[1:3] == tuple(sizes):
-                return Code(f"{{{ATOM}}}.shape[1:3]", (value,))
+        found: list[Any] = []
+        row: tuple[Any, int, int] = (None, 0, 0)
+        for number in numbers:
+            leaf = self._leaf(getattr(number, "expression", None), first)
+            if leaf is not None and leaf == (row[0], row[2]):
+                row = (row[0], row[1], row[2] + 1)
+                found[-1] = Code(f"*{{{ATOM}}}.shape[{row[1]}:{row[2]}]", (source(row[0]),))
+                continue
+            row = (leaf[0], leaf[1], leaf[1] + 1) if leaf else (None, 0, 0)
+            found.append(
+                self.spell(number, *first) if follows(number) else Constant(number, "size")
+            )
+        return found
+
+    def spell(self, number: Any, *first: Value) -> Code:
+        """Code for a number that follows from sizes.
+
+        Raises:
+          InputError: The sizes of what the module has do not tell it.
+        """
+
+        def find(expression: Any) -> Code | None:
+            leaf = self._leaf(expression, first)
+            return leaf and Code(f"{{{ATOM}}}.shape[{leaf[1]}]", (source(leaf[0]),))
+
+        code = code_of(number.expression, find)
+        if code is None:
+            raise self.refusal(
+                f"it computes with a number that depends on the size of the batch or of the images "
+                f"({number.expression}) in a way that is not supported. Pass a tensor of that size"
+            )
+        return code
+
+    def _leaf(self, expression: Any, first: Sequence[Value]) -> tuple[Value, int] | None:
+        """A value of this module with an axis of this size, and which axis of its array that is."""
+        if expression is None:
+            return None
+        for value in (*first, *self.env.values()):
+            if isinstance(value, Value) and value.expanded is None:
+                for place, size in enumerate(value.sizes):
+                    if getattr(size, "expression", None) == expression:
+                        return value, place
         return None
-
-    def side(self, size: int) -> Code | None:
-        """Code for this height or width of a value; None if it is written as a number."""
-        for value in self._maps() if size > 1 else ():
-            if size in value.sizes[1:3]:
-                return Code(f"{{{ATOM}}}.shape[{value.sizes.index(size, 1)}]", (value,))
-        return None
-
-    def _maps(self, *first: Value) -> list[Value]:
-        """The values that have a height and width, where these may be guessed."""
-        values = (*first, *self.env.values()) if self.any_size else ()
-        found = [one for one in values if isinstance(one, Value) and one.expanded is None]
-        return [one for one in found if one.order == axes.channels_last(4)]
-
-    def _map_in(self, sizes: Shape) -> tuple[range, Code | None]:
-        """Which two of these sizes are a height and width, and code for them."""
-        for place in range(len(sizes) - 1):
-            code = self.map_sizes(sizes[place : place + 2])
-            if code is not None:
-                return range(place, place + 2), code
-        return range(0), None
-
-    def _with_batch(self) -> Value:
-        for value in self.env.values():
-            if isinstance(value, Value) and value.name is not None and value.sizes[:1] == (BATCH,):
-                return value
-        raise self.refusal("it needs the size of the batch, and no input begins with it")
-
-
-def _in_common(first: Shape, second: Shape) -> int:
-    """How many sizes both begin with."""
-    pairs = zip(first, second, strict=False)
-    return next(
-        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second))
-    )
 
 
 def _without_leading_ones(sizes: Shape) -> Shape:

@@ -14,6 +14,7 @@ from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.errors import InputError, raised, some
 from flax_resblock.parity.module_run import global_state_kept, inner, runnable
 from flax_resblock.port import axes
+from flax_resblock.port.arguments import EmittedClass
 from flax_resblock.port.body import Reader
 from flax_resblock.port.classes import classes_of
 from flax_resblock.port.conditions import Conditions
@@ -30,7 +31,6 @@ from flax_resblock.port.source import in_docstring, source_of
 from flax_resblock.port.table import Parameter, Table
 from flax_resblock.port.tracing import Traced, trace
 from flax_resblock.port.unsteady import refuse_unsteady
-from flax_resblock.port.values import BATCH
 from flax_resblock.port.weight_norm import without_hooks
 
 
@@ -134,32 +134,25 @@ def _ported(
     inputs: Shapes,
     fold_layout: bool,
 ) -> PortedNetwork:
-    """Writes the module with the sizes of its trace; if that is right for one size of images only,
-    again with guesses at where they come from, which are kept if they are right for another size.
+    """Writes the module with the sizes of its trace, and before that, if it has numbers that follow
+    from them, as code for images of any size, which is kept if it is right for another size.
     """
     shapes = inputs or ((channels, *size),)
-    images = [torch.randn(2, *shape) for shape in shapes]
     named, old = renamed(module)
-    with asking_for_mode(named) as asking:
-        traced = trace(named, images, fold_layout=fold_layout)
-    training = None
-    if trains and asking:
-        traced, training = trace_training(traced, images)
-    if training is not None:
-        traced = replace(traced, folded=traced.folded.joined(training.folded))
-    compared = [grown(shapes, more) for more in larger_by(size)]
-    bound, by_batch = "", ""
-    for part in [module, *([copy.deepcopy(module).train()] if trains and asking else [])]:
-        conditions = Conditions(part, shapes)
-        by_batch = conditions.refuse_by_batch() or by_batch
-        bound = bound or conditions.bound_to_size(compared)
-    title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    written = []  # all before the first proof, which changes the module
-    for any_size in (False, True):
-        reader = Reader(traced, training, any_size)
-        body = reader.body(
-            "", [((BATCH, *shape), axes.channels_last(1 + len(shape))) for shape in shapes]
-        )
+
+    def read(shapes: Shapes, any_size: bool) -> tuple[Reader, bool]:
+        images = [torch.randn(2, *shape) for shape in shapes]
+        with asking_for_mode(named) as asking:
+            traced = trace(named, images, fold_layout=fold_layout, any_size=any_size)
+        training = None
+        if trains and asking:
+            traced, training = trace_training(traced, images)
+        if training is not None:
+            traced = replace(traced, folded=traced.folded.joined(training.folded))
+        return Reader(traced, training), trains and bool(asking)
+
+    def write(reader: Reader) -> tuple[PortedNetwork, list[EmittedClass]]:
+        body = reader.body("", [(shape, axes.channels_last(1 + len(shape))) for shape in shapes])
         rows = [replace(one, key=old_key(one.key, old)) for one in placed_tensors(named, body)]
         table = Table.of(rows, state, parameters, versions_of(module))
         classes = classes_of(reader, body)
@@ -170,22 +163,48 @@ def _ported(
             origin, size, channels, slots, inputs,
             notes=(*_notes(parameters, unused), *([by_batch] if by_batch else [])),
         )  # fmt: skip
-        written.append((made, classes))
-    plain, guessed = (made for made, _ in written)
-    fixed = plain
-    for made, classes in written[: 1 if bound or plain.source == guessed.source else 2]:
-        options = {"exact": exact, "guessed": made is guessed, "bound": bound}
-        proof = _proved(module, made, traced, options)
+        return made, classes
+
+    reader, in_both_modes = read(shapes, False)
+    compared = [grown(shapes, more) for more in larger_by(size)]
+    bound, by_batch, computed = "", "", ""
+    other, following = (), set()
+    for part in [module, *([copy.deepcopy(module).train()] if in_both_modes else [])]:
+        conditions = Conditions(part, shapes)
+        by_batch = conditions.refuse_by_batch() or by_batch
+        bound = bound or conditions.bound_to_size(compared)
+        computed = computed or conditions.computed
+        other, following = conditions.following(compared)
+    title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
+    options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
+    plain, classes = write(reader)
+
+    def for_any_size() -> PortedNetwork | None:
+        try:
+            made, _ = write(read(other, True)[0])
+            free = {"exact": exact, "guessed": True}
+            proof = _proved(module, made, reader.traced, free)
+        except Exception:  # what cannot be written for any size may be right for one
+            return None
         made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
-        if not proof.fixed_size:
-            return made
-        if fixed is plain:
-            sizes = [shape[1:] for shape in shapes]
-            source = source_of(classes, title, fixed_sizes=sizes)
-            shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
-            why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
-            fixed = replace(made, source=source, notes=(*made.notes, why))
-    return fixed
+        return None if proof.fixed_size else made
+
+    seen = bool(computed or following & reader.numbers())
+    made = for_any_size() if seen and not bound else None
+    if made is not None:
+        return made
+    proof = _proved(module, plain, reader.traced, options)
+    made = replace(plain, figures=proof.figures, notes=(*plain.notes, *proof.notes))
+    if not proof.fixed_size:
+        return made
+    free = for_any_size() if following and not seen and not bound else None
+    if free is not None:
+        return free
+    sizes = [shape[1:] for shape in shapes]
+    source = source_of(classes, title, fixed_sizes=sizes)
+    shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
+    why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
+    return replace(made, source=source, notes=(*made.notes, why))
 
 
 def _notes(parameters: Mapping[str, Parameter], unused: Mapping[str, Any]) -> tuple[str, ...]:

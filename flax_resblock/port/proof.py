@@ -190,10 +190,7 @@ class _Comparison(SideBySide):
 
     def _difference(self, mode: str, quantity: str, name: str, error: float, limit: float) -> str:
         verb = "differ" if quantity.endswith("s") else "differs"
-        unseen = (
-            ", unless that has a hook of gradients, or torch.no_grad() where tensor.detach() says "
-            "the same: a trace shows neither"
-        )
+        unseen = ", unless that has a hook of gradients, which a trace does not show"
         return (
             f"{self.ported.origin} cannot be ported: in {mode} mode {_named(quantity, name)} "
             f"{verb} by {error:.1e} (relative), the limit is {limit:.1e}. Please report it with "

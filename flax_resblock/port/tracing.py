@@ -10,17 +10,20 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental import symbolic_shapes
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
+from flax_resblock.port.frozen import detach, no_idle_autocast, without_gradients_seen
 from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
-from flax_resblock.port.values import BATCH
+from flax_resblock.port.sizes import put_in_place, remember_sizes
+from flax_resblock.port.windows import Windows
 
 _VIEWS = (
     *("view", "reshape", "transpose", "permute", "slice", "select", "chunk", "split", "squeeze"),
@@ -42,6 +45,7 @@ class Traced:
       constants: Tensors in the code that are neither parameters nor buffers.
       folded: Linear layers that take flattened maps with channels last.
       custom_gradients: Functions whose gradient is written by hand, each with its place.
+      any_size: Whether it is a trace with images of any size.
     """
 
     live: torch.nn.Module
@@ -51,6 +55,7 @@ class Traced:
     constants: Mapping[str, Any]
     folded: Folded = NOTHING
     custom_gradients: tuple[str, ...] = ()
+    any_size: bool = False
 
 
 def trace(
@@ -59,6 +64,7 @@ def trace(
     *,
     training: bool = False,
     fold_layout: bool = False,
+    any_size: bool = False,
 ) -> Traced:
     """Traces a module with a batch of any size.
 
@@ -67,37 +73,48 @@ def trace(
       images: Its inputs, each with the batch first.
       training: Show batch norm and dropout as functions as they are in evaluation mode.
       fold_layout: Look for flattened maps that linear layers can take with channels last.
+      any_size: With heights, widths and lengths of any size as well.
     Raises:
       InputError: The module does what cannot be traced, or changes its input in place.
     """
-    batch = torch.export.Dim.DYNAMIC
+    free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    if any_size:  # where the code asks for one size, that is what it has
+        free |= dict.fromkeys(range(2, 10), torch.export.Dim.AUTO)
+    dynamic = [{k: v for k, v in free.items() if k < image.ndim} for image in images]
     with (
         _quiet(),
-        _no_idle_autocast(),
+        no_idle_autocast(),
         stochastic_depth_seen(module),
         direct_calls_seen(module),
         _custom_gradients() as custom,
+        _unsolved() if any_size else nullcontext(),
+        without_gradients_seen(),
+        Windows(),
     ):
         try:
             program = torch.export.export(
                 module,
                 tuple(images),
-                dynamic_shapes=({0: batch},) * len(images),
+                dynamic_shapes=tuple(dynamic),
                 strict=False,
             )
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
+        detach(program.graph)
         if training:
             _as_in_evaluation(program.graph)
         if _changes_a_part(program, type(module).__name__):
             program = program.run_decompositions({})  # writes as functions, and nothing else
+        remember_sizes(program, images)
+        put_in_place(program.graph)
         folded = fold(program) if fold_layout else NOTHING
         try:
             graphs = torch.export.unflatten(program)
         except Exception as error:
             raise InputError(_why_not(module, error)) from error
     spec, constants = program.call_spec.out_spec, program.constants
-    return Traced(module, graphs, spec, images[0].dtype, constants, folded, tuple(custom))
+    dtype, custom = images[0].dtype, tuple(custom)
+    return Traced(module, graphs, spec, dtype, constants, folded, custom, any_size)
 
 
 @contextmanager
@@ -118,18 +135,16 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_idle_autocast() -> Iterator[None]:
-    """Within it ``torch.autocast(..., enabled=False)`` leaves no trace: it fixes no precision where
-    none is switched on around it, and switching one on does leave a trace.
-    """
-    autocast: Any = torch.autocast
-    enter, leave = autocast.__enter__, autocast.__exit__
-    autocast.__enter__ = lambda self: enter(self) if self._enabled else self
-    autocast.__exit__ = lambda self, *error: leave(self, *error) if self._enabled else None
+def _unsolved() -> Iterator[None]:
+    """Within it, the conditions on sizes that a trace collects are not solved for the sizes, which
+    not all can be: whether a port is right at other sizes is found out by comparing."""
+    constraints: Any = symbolic_shapes.DimConstraints
+    before = constraints.solve
+    constraints.solve = lambda *_, **__: None
     try:
         yield
     finally:
-        autocast.__enter__, autocast.__exit__ = enter, leave
+        constraints.solve = before
 
 
 @contextmanager
@@ -152,33 +167,6 @@ def _custom_gradients() -> Iterator[dict[str, None]]:
         yield found
     finally:
         function.apply = before
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """The shape of what a node computes, with :data:`BATCH` for the size of the batch."""
-    return tuple(size_of(size) for size in node.meta["val"].shape)
-
-
-def size_of(size: Any) -> int:
-    """A size that may depend on the batch, as a number."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
-
-
-class FromBatch(float):
-    """A number that is computed from the size of the batch, and is no constant of the code.
-
-    Its value is what it is for a batch of :data:`BATCH`."""
-
-
-def number_of(number: Any) -> int | float:
-    """A number that code computes from sizes."""
-    expression = number.node.expr
-    if not expression.free_symbols:
-        return number.node.pytype(expression)
-    return FromBatch(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
 
 
 def where(node: Any) -> str:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from torch.fx.node import map_aggregate
+
 from flax_resblock.port.operator_names import RANDOM, name_of
 from flax_resblock.port.operators import (
     convolutions,
     elementwise,
     images,
     norms,
+    ranges,
     reductions,
     shapes,
     writes,
 )
 from flax_resblock.port.operators.rules import RULES
-from flax_resblock.port.tracing import number_of
+from flax_resblock.port.sizes import number_of
 from flax_resblock.port.values import Value
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "elementwise",
     "images",
     "norms",
+    "ranges",
     "reductions",
     "shapes",
     "writes",
@@ -69,7 +73,8 @@ def apply_operator(reader: Any, node: Any) -> Any:
             f"the operator {node.target} is not supported. Write it with operators that the "
             f"documentation lists (docs/port.md), or send us the line"
         )
-    return RULES[name](reader, node, *node.args, **node.kwargs)
+    arguments, named = map_aggregate((node.args, node.kwargs), number_of)
+    return RULES[name](reader, node, *arguments, **named)
 
 
 def _item(b: Any, sequence: Any, index: int) -> Any:

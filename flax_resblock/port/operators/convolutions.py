@@ -9,7 +9,7 @@ from flax_resblock.port import axes
 from flax_resblock.port.layers import Layer
 from flax_resblock.port.operators.elementwise import binary
 from flax_resblock.port.operators.rules import plain_size, rule
-from flax_resblock.port.tracing import shape_of
+from flax_resblock.port.sizes import shape_of
 from flax_resblock.port.values import PRODUCT, Constant, Value
 
 

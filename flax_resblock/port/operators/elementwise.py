@@ -14,6 +14,7 @@ from flax_resblock.port.layer import Inputs, Layer, celu_options
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import RULES, Rule, rule, word
 from flax_resblock.port.placing import Values
+from flax_resblock.port.sizes import follows
 from flax_resblock.port.values import ANY, ATOM, PRODUCT, SUM, Constant, Value
 
 
@@ -147,8 +148,8 @@ _SIGNS = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/"}
 def _arithmetic(
     b: Values, node: Any, left: Any, right: Any, *, alpha: Any = 1, rounding_mode: Any = None
 ) -> Any:
-    if rounding_mode is not None:
-        raise b.refusal(f"division with rounding_mode={rounding_mode!r} is not supported")
+    if rounding_mode == "floor":
+        return RULES["floor_divide"](b, node, left, right)
     name = name_of(node)
     left, right = b.number(left), b.number(right)
     if name == "rsub":
@@ -157,7 +158,8 @@ def _arithmetic(
     hint = {"+": "total", "-": "difference", "*": "product", "/": "quotient"}[sign]
     if alpha != 1:
         right = binary(b, node, "*", right, alpha, "product")
-    return binary(b, node, sign, left, right, hint)
+    made = binary(b, node, sign, left, right, hint)
+    return made if rounding_mode is None else RULES["trunc"](b, node, made)
 
 
 def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) -> Any:
@@ -166,10 +168,10 @@ def binary(b: Values, node: Any, sign: str, left: Any, right: Any, hint: str) ->
         return {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}[
             sign
         ](*numbers)
-    if sign == "+" and numbers == [0]:  # where Python's sum begins
+    if sign == "+" and numbers == [0] and not follows(numbers[0]):  # where Python's sum begins
         return b.settled(b.value(right if left in numbers else left))
     least = SUM if sign in "+-" else PRODUCT
-    after = least + 1 if sign in "-/" or isinstance(right, Value) else least
+    after = least + 1 if sign in "-/" or isinstance(right, Value) or follows(right) else least
     operands, shape, order = together(b, (left, right))
     text = f"{{{least}}} {sign} {{{after}}}"
     return b.new(text, operands, shape, order, binding=least, hint=hint)
@@ -247,7 +249,8 @@ def _of_two(call: str) -> Rule:
     return apply
 
 
-RULES["maximum"], RULES["minimum"] = _of_two("jnp.maximum"), _of_two("jnp.minimum")
+for _name in ("maximum", "minimum", "floor_divide", "remainder", "fmod"):
+    RULES[_name] = _of_two(f"jnp.{_name}")
 
 _COMPARISONS = {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!="}
 _BOTH = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|"}

@@ -10,7 +10,7 @@ from flax_resblock.port.layer import whole
 from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import RULES, Rule, plain_size, rule, several
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.sizes import follows, number_of, shape_of
 from flax_resblock.port.values import Constant, Value
 
 
@@ -24,15 +24,10 @@ def _pool(call: str, names: Sequence[str], defaults: Sequence[Any]) -> Rule:
         for name, default in zip(names, defaults, strict=True):
             size = plain_size(given.get(name, default))
             size = None if name == "stride" and size in ((), [], window) else size
-            if size != default:
+            if size != default or follows(size):
                 shown[name] = size
         text = f"nn.{call}({{}}, {{}}" + "".join(f", {name}={{}}" for name in shown) + ")"
-        sizes = value.sizes[1:-1]
-        whole = sizes == (tuple(window) if isinstance(window, tuple) else (window,) * len(sizes))
-        code = b.map_sizes(sizes, value) if whole else None
-        if "adaptive" in call:
-            code = b.map_sizes(shape_of(node)[2:])
-        holes = [value, code or Constant(window, "window")]
+        holes = [value, Constant(window, "window")]
         holes += [Constant(size, name) for name, size in shown.items()]
         return b.new(text, holes, shape_of(node), value.order, hint="pooled")
 
@@ -55,7 +50,7 @@ for _rank in ("1d", "2d", "3d"):
 def _adaptive_max(b: Values, node: Any, x: Any, size: Any) -> Value:
     value = b.value(x)
     value = b.bring(value, axes.channels_last(len(value.shape)))
-    shape = tuple(size_of(one) for one in node.meta["val"][0].shape)
+    shape = tuple(number_of(one) for one in node.meta["val"][0].shape)
     holes = (value, Constant(plain_size(size), "size"))
     pooled = b.new("nn.adaptive_max_pool({}, {})", holes, shape, value.order, hint="pooled")
     return several(b, [pooled, None])
@@ -80,7 +75,7 @@ def _pad(b: Values, node: Any, x: Any, widths: Any, *rest: Any, **named: Any) ->
         rank - 1 - place: tuple(widths[2 * place : 2 * place + 2])
         for place in range(len(widths) // 2)
     }
-    if all(width == (0, 0) for width in by_axis.values()):
+    if not any(widths) and not any(map(follows, widths)):
         return value
     ours = tuple(by_axis.get(axis, (0, 0)) for axis in value.order)
     text, holes = "nn.pad({}, {}", [value, Constant(ours, "widths")]
@@ -110,7 +105,7 @@ def _upsample(b: Values, node: Any, x: Any, size: Any, *rest: Any) -> Value:
     scales = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else None
     if size is not None or scales is None:
         sizes = shape_of(node)[2:]
-        text, holes = "size={}", [b.map_sizes(sizes) or Constant(sizes, "size")]
+        text, holes = "size={}", [Constant(sizes, "size")]
     else:
         text, holes = "scale_factor={}", [Constant(whole(plain_size(scales)), "scale_factor")]
     text = f"nn.interpolate({{}}, {text}, mode={mode.replace('_', '-')!r}"
@@ -168,6 +163,6 @@ def _affine_grid(b: Values, node: Any, theta: Any, size: Any, align: bool) -> Va
     if len(size) != 4:
         raise b.refusal("affine_grid with three spatial axes is not supported")
     sizes = shape_of(node)[1:3]
-    holes = (value, b.map_sizes(sizes) or Constant(sizes, "size"))
+    holes = (value, Constant(sizes, "size"))
     text = "nn.affine_grid({}, {}" + (", align_corners=True)" if align else ")")
     return b.new(text, holes, shape_of(node), axes.torch_order(4), hint="grid")

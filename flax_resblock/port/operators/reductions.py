@@ -11,7 +11,7 @@ from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.elementwise import binary, together
 from flax_resblock.port.operators.rules import RULES, along, rule, several
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import shape_of, size_of
+from flax_resblock.port.sizes import number_of, shape_of
 from flax_resblock.port.values import PRODUCT, Constant, Value
 
 
@@ -61,7 +61,7 @@ def _extreme(b: Values, node: Any, x: Any, *rest: Any, **named: Any) -> Any:
     call = "nn.maximum_along" if name == "amax" else "nn.minimum_along"
     text = f"{call}({{}}, axis={along(b, value, dim)}" + (", keepdims=True)" if keep else ")")
     order = value.order if keep else axes.without(value.order, [dim])
-    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    shape = tuple(number_of(size) for size in node.meta["val"][0].shape)
     return several(b, [b.new(text, (value,), shape, order, hint=name), None])
 
 
@@ -76,7 +76,7 @@ def _moments(b: Values, node: Any, x: Any, *rest: Any, **named: Any) -> Value:
     correction = named.get("correction", 1)
     if more:
         correction, keep = int(bool(more[0])), more[1] if len(more) > 1 else keep
-    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
+    shape = tuple(number_of(size) for size in node.meta["val"][0].shape)
     both = [
         _reduced(b, value, call, dims, keep, shape, correction if call == spread else None)
         for call in (spread, "mean")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_resblock.port.placing import Values
+from flax_resblock.port.sizes import same_size
 from flax_resblock.port.values import Value
 
 Rule = Callable[..., Any]
@@ -44,5 +45,5 @@ def several(b: Values, items: list[Any]) -> Value:
 def plain_size(size: Any) -> Any:
     """``[3, 3]`` as 3."""
     if isinstance(size, (tuple, list)):
-        return size[0] if len(set(size)) == 1 else tuple(size)
+        return size[0] if size and all(same_size(one, size[0]) for one in size) else tuple(size)
     return size

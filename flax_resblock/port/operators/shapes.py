@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import torch
 from flax_resblock.port import axes
 from flax_resblock.port.folding import MARK
 from flax_resblock.port.operator_names import name_of
-from flax_resblock.port.operators.rules import along, rule, several
+from flax_resblock.port.operators.rules import along, rule
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import FromBatch, shape_of, size_of
+from flax_resblock.port.sizes import added, follows, number_of, same_size, shape_of
 from flax_resblock.port.values import ANY, Constant, Value
 
 
@@ -69,13 +70,15 @@ def _filled(b: Values, node: Any, like: Any, *rest: Any, **_: Any) -> Value:
     if not node.meta["val"].dtype.is_floating_point:
         raise b.refusal(f"{name} of {node.meta['val'].dtype} is not supported")
     kind = name.removeprefix("new_").removesuffix("_like")
-    amount = f", {b.number(rest[-1])!r}" if kind == "full" else ""
+    amount = [Constant(rest[-1], "amount")] if kind == "full" else []
+    filled = ", {}" if amount else ""
     if name.endswith("_like"):
         value = b.settled(b.value(like))
-        return b.new(f"jnp.{name}({{}}{amount})", (value,), shape, value.order, hint=kind)
+        return b.new(f"jnp.{name}({{}}{filled})", (value, *amount), shape, value.order, hint=kind)
     order = axes.channels_last(len(shape))
     text, holes = b.sizes(tuple(shape[axis] for axis in order), None)
-    return b.new(f"jnp.{kind}(({text}){amount}, {b.dtype})", holes, shape, order, hint=kind)
+    text = f"jnp.{kind}(({text}){filled}, {b.dtype})"
+    return b.new(text, [*holes, *amount], shape, order, hint=kind)
 
 
 @rule("repeat", "tile")
@@ -86,7 +89,7 @@ def _repeat(b: Values, node: Any, x: Any, times: Sequence[Any]) -> Value:
         made = b.relabelled_plain(value)
         made.expanded = shape
         return made
-    ours = tuple(size_of(times[axis]) for axis in value.order)
+    ours = tuple(number_of(times[axis]) for axis in value.order)
     holes = (value, Constant(ours, "times"))
     return b.new("jnp.tile({}, {})", holes, shape, value.order, hint=value.hint)
 
@@ -159,7 +162,7 @@ def _stack(b: Values, node: Any, tensors: Sequence[Any], dim: int = 0) -> Value:
 def pieces(b: Values, node: Any, value: Value, dim: Any, text: str, holes: Sequence[Any]) -> Value:
     """Several tensors that one is split into."""
     whole = b.new(text, (value, *holes), (), (), hint="parts")
-    shapes = [tuple(size_of(size) for size in one.shape) for one in node.meta["val"]]
+    shapes = [tuple(number_of(size) for size in one.shape) for one in node.meta["val"]]
     whole.items = [
         b.new(f"{{3}}[{place}]", (whole,), shape, value.order, hint=f"part{place}")
         for place, shape in enumerate(shapes)
@@ -170,14 +173,13 @@ def pieces(b: Values, node: Any, value: Value, dim: Any, text: str, holes: Seque
 @rule("chunk", "split", "split_with_sizes")
 def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     value = b.settled(b.value(x))
-    lengths = [size_of(one.shape[dim]) for one in node.meta["val"]]
+    lengths = [number_of(one.shape[dim]) for one in node.meta["val"]]
     axis = along(b, value, dim)
-    if len(set(lengths)) == 1:
+    if all(same_size(one, lengths[0]) for one in lengths):
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
-    side = b.side(lengths[0]) if len(lengths) == 2 and len(value.shape) == 4 and axis > 0 else None
-    text = f"jnp.split({{}}, {'[{}]' if side else '{}'}, axis={axis})"
-    ends = [sum(lengths[: place + 1]) for place in range(len(lengths) - 1)]
-    return pieces(b, node, value, dim, text, (side or Constant(ends, "ends"),))
+    text = f"jnp.split({{}}, {{}}, axis={axis})"
+    ends = list(accumulate(lengths[:-1], added))
+    return pieces(b, node, value, dim, text, (Constant(ends, "ends"),))
 
 
 @rule("unbind")
@@ -226,12 +228,14 @@ def sliced(
     b: Values, value: Value, dim: int, start: Any, end: Any, step: int
 ) -> tuple[str, list[Any]] | None:
     """The index of a slice along one axis, with its holes; None if it is the whole tensor."""
-    start, end = b.number(start) or 0, b.number(end)
-    whole_end = end is None or end >= value.shape[dim % len(value.shape)]
-    if start == 0 and whole_end and step == 1:
+    start, end = 0 if start is None else b.number(start), b.number(end)
+    size = value.shape[dim % len(value.shape)]
+    whole_end = end is None or (end >= size if not follows(end) else same_size(end, size))
+    from_first = start == 0 and not follows(start)
+    if from_first and whole_end and step == 1:
         return None
-    holes: list[Any] = [Constant(start, "start")] if start else []
-    text = ("{}" if start else "") + ":" + ("" if whole_end else "{}")
+    holes: list[Any] = [] if from_first else [Constant(start, "start")]
+    text = ("" if from_first else "{}") + ":" + ("" if whole_end else "{}")
     text += f":{step}" if step != 1 else ""
     holes += [] if whole_end else [Constant(end, "end")]
     return indexed(value.order.index(dim % len(value.shape)), len(value.shape), text), holes
@@ -240,8 +244,10 @@ def sliced(
 @rule("narrow")
 def _narrow(b: Values, node: Any, x: Any, dim: int, start: Any, length: Any) -> Value:
     value = b.value(x)
-    first = int(b.number(start)) % value.shape[dim % len(value.shape)]
-    return _slice(b, node, x, dim, first, first + int(b.number(length)))
+    first = b.number(start)
+    if not follows(first) and first < 0:
+        first = added(value.shape[dim % len(value.shape)], first)
+    return _slice(b, node, x, dim, first, added(first, b.number(length)))
 
 
 @rule("index_select")
@@ -262,31 +268,6 @@ def _index(b: Values, node: Any, x: Any, indices: Sequence[Any]) -> Value:
     ):
         raise b.refusal("an index is supported that is one list of places along one axis")
     return _index_select(b, node, x, given[0], chosen[0])
-
-
-@rule("arange", "linspace")
-def _numbers(b: Values, node: Any, *arguments: Any, **_: Any) -> Value:
-    numbers = ", ".join(repr(b.number(one)) for one in arguments)
-    if any(isinstance(b.number(one), FromBatch) for one in arguments):
-        raise b.refusal("it computes with a number that depends on the size of the batch")
-    text = f"jnp.{name_of(node)}({numbers}, dtype={b.dtype})"
-    return b.new(text, (), shape_of(node), (0,), hint="numbers")
-
-
-@rule("meshgrid")
-def _meshgrid(b: Values, node: Any, tensors: Sequence[Any], indexing: str = "ij") -> Value:
-    places = list(range(len(tensors)))
-    if indexing == "xy":
-        places[:2] = places[:2][::-1]
-    values = [b.settled(b.value(one)) for one in tensors]
-    shape = tuple(size_of(size) for size in node.meta["val"][0].shape)
-    items = []
-    for place, value in zip(places, values, strict=True):
-        sizes = tuple(size if axis == place else 1 for axis, size in enumerate(shape))
-        made = b.relabelled_plain(b.reshaped(value, sizes))
-        made.expanded = shape
-        items.append(made)
-    return several(b, items)
 
 
 @rule("flip", "roll")

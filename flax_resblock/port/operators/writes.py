@@ -10,7 +10,7 @@ from flax_resblock.port.operator_names import name_of
 from flax_resblock.port.operators.rules import rule
 from flax_resblock.port.operators.shapes import indexed, sliced
 from flax_resblock.port.placing import Values
-from flax_resblock.port.tracing import shape_of
+from flax_resblock.port.sizes import shape_of
 from flax_resblock.port.values import Constant, Value
 
 
