@@ -175,12 +175,16 @@ class BodyReader(Parts):
             flat = [one for one in found if isinstance(one, Value)]
         numbered = bool(self.body.numbers) and len(flat) == 1
         self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != "" and not numbered
+        texts = ["None" if one is None else "{}" for one in flat]
+        flat = [one for one in flat if one is not None]
         self.body.result = ", ".join("{}" for _ in flat)
+        if not flat:
+            raise self.refusal("it returns no tensor")
         if not all(isinstance(self.number(one), Value) for one in flat):
             raise self.refusal("it returns a number beside its tensors; return tensors alone")
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
-            self.body.result = result_of(self.traced.out_spec)
+            self.body.result = result_of(self.traced.out_spec, iter(texts))
             outputs = [self.bring(one, axes.channels_last(len(one.shape))) for one in outputs]
         self.body.outputs = [(one.shape, one.order) for one in outputs]
         return outputs
