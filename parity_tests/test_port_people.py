@@ -300,6 +300,52 @@ def test_a_network_may_return_something_else_in_training_mode(monkeypatch):
         flax_resblock.port(Embeds(), image_size=(9, 10))
 
 
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x):
+        return F.relu(x) + self.slope * x
+
+
+class Activated(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 3), act
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+class OneActivation(nn.Module):
+    """All its parts hold one activation with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = Slope()
+        self.parts = nn.Sequential(Activated(self.act), Activated(self.act))
+
+    def forward(self, x):
+        return self.act(self.parts(x).mean((2, 3)))
+
+
+def test_an_activation_of_yours_that_parts_share_has_one_parameter(monkeypatch):
+    module = OneActivation()
+    ported = flax_resblock.port(module, image_size=(9, 10))
+    assert len(set(ported.to_torch(ported.create()))) == len(module.state_dict()) == 7
+    genuine = porting.source_of
+
+    def apart(*arguments, **named):
+        source = genuine(*arguments, **named)
+        return source.replace("        self.parts.layers[1].act.slope = self.act.slope\n", "")
+
+    assert "self.parts.layers[1].act.slope" in ported.source
+    monkeypatch.setattr(porting, "source_of", apart)
+    with pytest.raises(InputError):
+        flax_resblock.port(module, image_size=(9, 10))
+
+
 class Hooked(nn.Module):
     """Has a layer with a hook."""
 
