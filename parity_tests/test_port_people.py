@@ -263,6 +263,20 @@ class Binomial(nn.Module):
         return F.conv2d(x, kernel.repeat(4, 1).view(4, 1, 1, 3), groups=4)
 
 
+class Merging(nn.Module):
+    """Has two branches in training mode, and their sum as one kernel in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        if self.training:
+            return self.wide(x) + self.narrow(x)
+        kernel = self.wide.weight + F.pad(self.narrow.weight, [1, 1, 1, 1])
+        return F.conv2d(x, kernel, self.wide.bias + self.narrow.bias, padding=1)
+
+
 class Embeds(nn.Module):
     """Returns features in evaluation mode, normed by a layer of that mode alone, and logits with
     an expectation over 70 bins in training mode."""
@@ -270,24 +284,25 @@ class Embeds(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.blur = nn.Conv2d(3, 4, 3), Binomial()
-        self.neck, self.classifier = nn.BatchNorm1d(4), nn.Linear(4, 70)
+        self.merging = Merging()
+        self.neck, self.classifier = nn.BatchNorm1d(5), nn.Linear(5, 70)
         self.bins = torch.arange(70.0)
 
     def forward(self, x):
-        x = self.blur(self.blur(self.conv(x))).mean((2, 3))
+        x = self.merging(self.blur(self.blur(self.conv(x)))).mean((2, 3))
         if not self.training:
             return {"features": F.normalize(self.neck(x)), "bins": None}
         logits = self.classifier(x * 2)
         return {"features": logits, "bins": (logits.softmax(1) * self.bins).sum(1)}
 
 
-def test_a_network_may_return_something_else_in_training_mode(monkeypatch):
+def test_code_may_do_something_else_in_training_mode(monkeypatch):
     ported = flax_resblock.port(Embeds(), image_size=(9, 10))
     assert '"bins": None}' in ported.source
     assert "jnp.arange(70, dtype=x.dtype)" in ported.source
     model = ported.create()
     images = jnp.ones((2, 9, 10, 3))
-    assert (model(images)["features"].shape, model(images)["bins"]) == ((2, 4), None)
+    assert (model(images)["features"].shape, model(images)["bins"]) == ((2, 5), None)
     model.train()
     assert [one.shape for one in model(images).values()] == [(2, 70), (2,)]
     assert not model.neck.mean[...].any()  # PyTorch does not call it in training mode
@@ -370,6 +385,21 @@ class KeepsActivations(nn.Module):
         return self.conv(x) + self.kept["conv"].mean((2, 3), keepdim=True)
 
 
+class MoreInTraining(nn.Module):
+    def forward(self, x):
+        return (x + 1, x * 2) if self.training else x + 1
+
+
+class AllOfIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = MoreInTraining()
+
+    def forward(self, x):
+        found = self.part(x)
+        return torch.cat(found, 1) if isinstance(found, tuple) else found
+
+
 class OnGpu(nn.Module):
     def forward(self, x):
         return x + torch.zeros(1).cuda()
@@ -377,6 +407,7 @@ class OnGpu(nn.Module):
 
 REFUSALS = {
     "in module conv, Conv2d has a forward hook that holds a module": KeepsActivations,
+    "in module part .MoreInTraining.*something else in training mode": AllOfIt,
     "Your code asks for a GPU, and is run without one": OnGpu,
     r"in module conv, called at .*test_port_people.py:\d+ .*has forward hooks": Hooked,
     "in module 1, LazyLinear is lazy": lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),

@@ -1,5 +1,5 @@
-"""What a network does in training mode alone, such as to return the logits of auxiliary heads too.
-One of its modules that does something else than batch norm or dropout is refused."""
+"""What a network does in training mode alone, such as to return the logits of auxiliary heads too,
+or to compute in several branches what is one kernel in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from flax_resblock.errors import InputError, some
 from flax_resblock.port.folding import NOTHING
-from flax_resblock.port.graphs import held, is_tensor, leaves
+from flax_resblock.port.graphs import held, leaves
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held, without_call
 from flax_resblock.port.operator_names import RANDOM, name_of
@@ -76,10 +76,10 @@ def trace_training(
       images: The inputs of the network.
     Returns:
       The trace that shows what the network does, with dropout that the code calls in training mode
-      alone; and the trace in training mode if the network itself does something else there, such as
-      to return the logits of auxiliary heads too, else None.
+      alone; and the trace in training mode if it does something else there, such as to return the
+      logits of auxiliary heads too, else None.
     Raises:
-      InputError: In training mode one of its modules does something else, or it cannot be traced.
+      InputError: In training mode it draws random numbers of its own, or cannot be traced.
     """
     module = evaluation.live
     module.train()
@@ -93,14 +93,9 @@ def trace_training(
         module.eval()
     _refuse_random(training)
     before, after = (sum(map(_is_dropout, _nodes(one))) for one in (evaluation, training))
-    if after > before and not any(_differing(evaluation, training, through_dropout=True)):
+    if after > before and not [*differing(evaluation, training, through_dropout=True)]:
         return training, None
-    own = False
-    for path, node in _differing(evaluation, training):
-        own = own or path == ""
-        if path:
-            raise _differs(evaluation, path, node)
-    return evaluation, (training if own else None)
+    return evaluation, (training if [*differing(evaluation, training)] else None)
 
 
 def _refuse_frozen(module: torch.nn.Module) -> None:
@@ -211,10 +206,14 @@ def _attribute(traced: Traced, path: str, node: Node) -> Any:
     return str(tensor.dtype), tuple(tensor.shape), tuple(tensor.flatten().tolist())
 
 
-def _differing(
+def differing(
     evaluation: Traced, training: Traced, *, through_dropout: bool = False
-) -> Iterator[tuple[str, Node]]:
-    """The modules that do something else in training mode, each with a node that shows it."""
+) -> Iterator[str]:
+    """The paths of the modules whose own code does something else in training mode.
+
+    Args:
+      through_dropout: Dropout computes what it is given.
+    """
     for path, _ in training.graphs.named_modules():
         if not (has_graph(evaluation, path) and has_graph(training, path)):
             continue
@@ -228,23 +227,7 @@ def _differing(
             lost = [one for one in lost if not _is_dropout(one)]
         more = [one for one in _reached(after) if one not in shared]
         if lost or more or [shared[one] for one in after] != before:
-            yield path, next(filter(is_tensor, [*more, *lost, *after]))
-
-
-def _differs(evaluation: Traced, path: str, node: Node) -> InputError:
-    """Refuses a module of the network that does something else in training mode."""
-    while node.op == "call_module":  # to where the difference begins
-        path = f"{path}.{node.target}".strip(".")
-        called = [one for one in held(node.graph, node).graph.nodes if one.op[:4] == "call"]
-        node = next(filter(is_tensor, called), None) or node
-    at = where(node)
-    return InputError(
-        f"{type(evaluation.live).__name__} cannot be ported: in training mode module "
-        f"{without_call(path)} does something else{f' at {at}' if at else ''} ({node.target}). The "
-        f"modules of a network may differ in batch norm, dropout and other layers of torch.nn; the "
-        f"forward pass of the network itself may ask for self.training. To drop values or branches "
-        f"at random, use torch.nn.Dropout or torchvision.ops.StochasticDepth."
-    )
+            yield path
 
 
 def _graph(traced: Traced, path: str) -> Any:

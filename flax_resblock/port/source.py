@@ -175,7 +175,7 @@ def _shapes(made: EmittedClass) -> str:
         )
 
     text = f"{', '.join(inputs)} to {shown(*(body.outputs for body in made.bodies))}"
-    if made.main.training_result:
+    if made.main.training_result and made.main.training_outputs != made.main.outputs:
         text += f"; in training mode to {shown(made.main.training_outputs)}"
     return f"{text[0].upper()}{text[1:]}."
 
