@@ -101,6 +101,20 @@ def damaged(
         raise kind(f"{words} ({says(error)}). {advice}".rstrip()) from error
 
 
+def without_gpu(error: Exception, otherwise: str) -> str:
+    """What to do about an error of code of yours that may ask for a GPU.
+
+    Args:
+      otherwise: What to do about another one.
+    """
+    if not any(name in str(error) for name in ("CUDA", "NVIDIA")):
+        return otherwise
+    return (
+        "Your code asks for a GPU, and is run without one here: write x.to(other.device) in place "
+        "of x.cuda(), and create tensors with device=other.device."
+    )
+
+
 def some(names: list[str], limit: int = 3) -> str:
     """``a, b, c and 61 more``; names as :func:`visible` shows them, long ones cut."""
     shown = ", ".join(

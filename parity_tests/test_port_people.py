@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -254,6 +255,112 @@ def test_rates_of_stochastic_depth_are_written_as_fractions():
     assert repr(Rate(0.12345678901234)) == "0.12345678901234"
 
 
+class Binomial(nn.Module):
+    """Makes a kernel in its forward pass."""
+
+    def forward(self, x):
+        kernel = torch.tensor([1.0, 2.0, 1.0], dtype=x.dtype) / 4
+        return F.conv2d(x, kernel.repeat(4, 1).view(4, 1, 1, 3), groups=4)
+
+
+class Merging(nn.Module):
+    """Has two branches in training mode, and their sum as one kernel in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        if self.training:
+            return self.wide(x) + self.narrow(x)
+        kernel = self.wide.weight + F.pad(self.narrow.weight, [1, 1, 1, 1])
+        return F.conv2d(x, kernel, self.wide.bias + self.narrow.bias, padding=1)
+
+
+class Embeds(nn.Module):
+    """Returns features in evaluation mode, normed by a layer of that mode alone, and logits with
+    an expectation over 70 bins in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.blur = nn.Conv2d(3, 4, 3), Binomial()
+        self.merging = Merging()
+        self.neck, self.classifier = nn.BatchNorm1d(5), nn.Linear(5, 70)
+        self.bins = torch.arange(70.0)
+
+    def forward(self, x):
+        x = self.merging(self.blur(self.blur(self.conv(x)))).mean((2, 3))
+        if not self.training:
+            return {"features": F.normalize(self.neck(x)), "bins": None}
+        logits = self.classifier(x * 2)
+        return {"features": logits, "bins": (logits.softmax(1) * self.bins).sum(1)}
+
+
+def test_code_may_do_something_else_in_training_mode(monkeypatch):
+    ported = flax_resblock.port(Embeds(), image_size=(9, 10))
+    assert '"bins": None}' in ported.source
+    assert "jnp.arange(70, dtype=x.dtype)" in ported.source
+    model = ported.create()
+    images = jnp.ones((2, 9, 10, 3))
+    assert (model(images)["features"].shape, model(images)["bins"]) == ((2, 5), None)
+    model.train()
+    assert [one.shape for one in model(images).values()] == [(2, 70), (2,)]
+    assert not model.neck.mean[...].any()  # PyTorch does not call it in training mode
+
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("x * 2", "x * 2.001")
+    )
+    with pytest.raises(InputError, match="in training mode the output differs"):
+        flax_resblock.port(Embeds(), image_size=(9, 10))
+
+
+class Slope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x):
+        return F.relu(x) + self.slope * x
+
+
+class Activated(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 3), act
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+class OneActivation(nn.Module):
+    """All its parts hold one activation with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = Slope()
+        self.parts = nn.Sequential(Activated(self.act), Activated(self.act))
+
+    def forward(self, x):
+        return self.act(self.parts(x).mean((2, 3)))
+
+
+def test_an_activation_of_yours_that_parts_share_has_one_parameter(monkeypatch):
+    module = OneActivation()
+    ported = flax_resblock.port(module, image_size=(9, 10))
+    assert len(set(ported.to_torch(ported.create()))) == len(module.state_dict()) == 7
+    genuine = porting.source_of
+
+    def apart(*arguments, **named):
+        source = genuine(*arguments, **named)
+        return source.replace("        self.parts.layers[1].act.slope = self.act.slope\n", "")
+
+    assert "self.parts.layers[1].act.slope" in ported.source
+    monkeypatch.setattr(porting, "source_of", apart)
+    with pytest.raises(InputError):
+        flax_resblock.port(module, image_size=(9, 10))
+
+
 class Hooked(nn.Module):
     """Has a layer with a hook."""
 
@@ -266,7 +373,42 @@ class Hooked(nn.Module):
         return self.conv(x).mean((2, 3))
 
 
+class KeepsActivations(nn.Module):
+    """Reads what a hook keeps, which the hook of a copy does not give to the copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(3, 2, 3), {}
+        self.conv.register_forward_hook(lambda _, __, made: self.kept.update(conv=made))
+
+    def forward(self, x):
+        return self.conv(x) + self.kept["conv"].mean((2, 3), keepdim=True)
+
+
+class MoreInTraining(nn.Module):
+    def forward(self, x):
+        return (x + 1, x * 2) if self.training else x + 1
+
+
+class AllOfIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = MoreInTraining()
+
+    def forward(self, x):
+        found = self.part(x)
+        return torch.cat(found, 1) if isinstance(found, tuple) else found
+
+
+class OnGpu(nn.Module):
+    def forward(self, x):
+        return x + torch.zeros(1).cuda()
+
+
 REFUSALS = {
+    "in module conv, Conv2d has a forward hook that holds a module": KeepsActivations,
+    "in module part .MoreInTraining.*something else in training mode": AllOfIt,
+    "Your code asks for a GPU, and is run without one": OnGpu,
     r"in module conv, called at .*test_port_people.py:\d+ .*has forward hooks": Hooked,
     "in module 1, LazyLinear is lazy": lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(2)),
     r"calls dropout as a function at .*test_port_people.py:\d+": Written,

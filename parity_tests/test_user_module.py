@@ -1,5 +1,7 @@
 """The user's own module, --torch FILE.py:NAME: faults are named, misuse is explained."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,28 @@ def test_a_module_that_raises_is_bad_input(more, capsys):
     error = capsys.readouterr().err
     assert "forward raises RuntimeError: not today" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_file_is_imported_as_python_runs_it(tmp_path, monkeypatch):
+    folder = tmp_path / "zoo" / "nets"
+    folder.mkdir(parents=True)
+    (tmp_path / "zoo" / "__init__.py").touch()
+    (tmp_path / "zoo" / "shared.py").write_text("WIDTH = 3\n")
+    (folder / "__init__.py").touch()
+    (folder / "beside_it.py").write_text("DEPTH = 2\n")
+    (folder / "relative.py").write_text("from ..shared import WIDTH\nnet = lambda: WIDTH\n")
+    begins = "import argparse\nparser = argparse.ArgumentParser()\n"
+    body = "from beside_it import DEPTH\nparser.parse_args()\nnet = lambda: DEPTH\n"
+    (folder / "absolute.py").write_text(begins + body)
+    more = "parser.add_argument('--data', required=True)\n"
+    (folder / "demanding.py").write_text(begins + more + body)
+    monkeypatch.setattr("sys.argv", ["flax-resblock", "port", "net.py:Net", "out"])
+    before = list(sys.path)
+    assert load_factory(f"{folder}/relative.py:net")() == 3
+    assert load_factory(f"{folder}/absolute.py:net")() == 2
+    with pytest.raises(InputError, match="importing it ended the program"):
+        load_factory(f"{folder}/demanding.py:net")
+    assert (sys.path, sys.argv[1]) == (before, "port")
 
 
 def test_a_factory_that_needs_unknown_arguments_says_so():

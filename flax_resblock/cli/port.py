@@ -88,7 +88,7 @@ def port(
     from flax_resblock.port.folder import save_ported
 
     checkpoint.refuse_existing(folder, force, checkpoint.is_ported)
-    factory = load_factory(network)
+    factory = load_factory(network, "")
     module = made_by(factory, arguments_of(kwargs) or {}, f"{network}: calling it")
     source = None
     if weights is not None:

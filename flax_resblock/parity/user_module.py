@@ -17,7 +17,7 @@ from flax_resblock.convert import StateMap, describe, identify
 from flax_resblock.convert.detection.learning import NotLearned, learn_naming
 from flax_resblock.convert.detection.refusal import explained
 from flax_resblock.convert.modules import module_facts
-from flax_resblock.errors import CheckpointError, InputError
+from flax_resblock.errors import CheckpointError, InputError, without_gpu
 from flax_resblock.errors import raised as of_error
 from flax_resblock.parity.api import Verification, verify_pair
 from flax_resblock.parity.comparison import Plan
@@ -123,7 +123,8 @@ def made_by(
         module = factory(**arguments)
     except Exception as error:
         raise InputError(
-            f"{title} raised {type(error).__name__}: {error}. Pass its arguments with `kwargs=...`."
+            f"{title} raised {type(error).__name__}: {error}. "
+            f"{without_gpu(error, 'Pass its arguments with `kwargs=...`.')}"
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"{title} made a {type(module).__name__}, not an nn.Module.")

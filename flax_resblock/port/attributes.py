@@ -155,7 +155,7 @@ class Parts(Values):
             if tensor is None and target in self.traced.constants:
                 tensor = self.traced.constants[target]
             if tensor is None:
-                tensor = graphs.get_submodule(".".join(steps)).__getattr__(name)
+                tensor = getattr(graphs.get_submodule(".".join(steps)), name)
             return self._literal(tensor)
         shape = tuple(tensor.shape)
         layer = layer_of(owner) if steps and not is_container(owner) else None
@@ -201,8 +201,8 @@ class Parts(Values):
     def _literal(self, tensor: torch.Tensor) -> Any:
         if tensor.ndim == 0:
             return tensor.item()
-        if tensor.dtype == torch.int64 and tensor.numel() <= 64:
-            code = Code(f"jnp.array({tensor.tolist()!r})")
+        if tensor.dtype == torch.int64 and (text := _array_of(tensor, "")):
+            code = Code(text)
             return Value(code, tuple(tensor.shape), axes.torch_order(tensor.ndim), "indices")
         if not tensor.dtype.is_floating_point:
             raise self.refusal(f"it uses a constant of {tensor.dtype}, which is not supported")
@@ -210,12 +210,12 @@ class Parts(Values):
         for axis in range(tensor.ndim):
             first = small.narrow(axis, 0, 1)
             small = first if bool((small == first).all()) else small
-        if small.numel() > 64:
+        text = _array_of(small, self.dtype)
+        if not text:
             raise self.refusal(
                 f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
                 f"a persistent buffer. Register it with register_buffer"
             )
-        text = f"jnp.array({small.tolist()!r}, {self.dtype})"
         text = text if small.shape == tensor.shape else f"jnp.broadcast_to({text}, {shape})"
         return Value(Code(text), shape, axes.torch_order(len(shape)), "constant")
 
@@ -243,6 +243,25 @@ class Parts(Values):
             name = f"{hint}{number}"
         self.body.parts[name] = LayerPart(layer, f"{self.body.path}." if self.body.path else "")
         return name
+
+
+def _array_of(tensor: torch.Tensor, dtype: str) -> str:
+    """Code of a constant with at least one axis; empty if it has too many numbers to be written.
+
+    Args:
+      dtype: Code for that of the array; empty for jax's own.
+    """
+    numbers = tensor.flatten().tolist()
+    start, step = numbers[0], numbers[-1] - numbers[-2] if len(numbers) > 1 else 0
+    if step and numbers == [start + k * step for k in range(len(numbers))] and len(numbers) > 8:
+        limits = [start, start + len(numbers) * step, step]
+        if all(one == int(one) for one in limits):
+            limits = [limits[1]] if limits[::2] == [0, 1] else limits
+            text = ", ".join(str(int(one)) for one in limits)
+            text = f"jnp.arange({text}{f', dtype={dtype}' if dtype else ''})"
+            return text if tensor.ndim == 1 else f"{text}.reshape({tuple(tensor.shape)})"
+    rest = f", {dtype}" if dtype else ""
+    return f"jnp.array({tensor.tolist()!r}{rest})" if len(numbers) <= 64 else ""
 
 
 def is_kept(part: Part | None) -> bool:

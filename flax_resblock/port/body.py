@@ -24,18 +24,10 @@ from flax_resblock.port.graphs import (
     tensor_inputs,
 )
 from flax_resblock.port.layers import Layer, layer_of
-from flax_resblock.port.modes import has_graph, shared_nodes
-from flax_resblock.port.modules import (
-    children_of,
-    identifier,
-    is_container,
-    without_call,
-)
+from flax_resblock.port.modes import differing, has_graph, shared_nodes
+from flax_resblock.port.modules import children_of, identifier, is_container, without_call
 from flax_resblock.port.operator_names import RESHAPES, name_of
-from flax_resblock.port.parts import (
-    Body,
-    ContainerPart,
-)  # fmt: skip
+from flax_resblock.port.parts import Body, ContainerPart
 from flax_resblock.port.sizes import number_of, shape_of
 from flax_resblock.port.tracing import Traced
 from flax_resblock.port.tying import tie
@@ -54,6 +46,7 @@ class Reader:
     def __init__(self, traced: Traced, training: Traced | None = None) -> None:
         self.traced, self.training = traced, training
         self.name = type(traced.live).__name__
+        self.differing = {*differing(traced, training)} if training is not None else set()
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
         self.orders: dict[str, list[Order]] = {}
@@ -134,15 +127,8 @@ class BodyReader(Parts):
         """Reads every node."""
         self.body.parts = self._own_parts()
         outputs, in_training = self._nodes(), []
-        if self.path == "" and self.reader.training is not None:
-            result, of_both = self.body.result, self.body.outputs
-            shared = shared_nodes(self.traced, self.reader.training, self.path)
-            self.env |= {node: self.env[one] for node, one in shared.items() if one in self.env}
-            self.traced = self.reader.training
-            self.graph = self.traced.graphs.graph
-            in_training = self._nodes()
-            self.body.training_result, self.body.result = self.body.result, result
-            self.body.training_outputs, self.body.outputs = self.body.outputs, of_both
+        if self.reader.training is not None and self.path in self.reader.differing:
+            in_training = self._training_nodes(self.reader.training)
         for value, part in self.parameters.items():
             part.order = part.order or value.order
         write(self.body, self.values, outputs, in_training)
@@ -159,6 +145,28 @@ class BodyReader(Parts):
         if self.path == "":
             tie(self.live, self.body)
         return self.body
+
+    def _training_nodes(self, training: Traced) -> list[Value]:
+        """Reads what is done in training mode alone, and returns the outputs there."""
+        body, result, outputs = self.body, self.body.result, self.body.outputs
+        evaluated = [shape for shape, _ in outputs], body.is_tuple
+        shared = shared_nodes(self.traced, training, self.path)
+        self.env |= {node: self.env[one] for node, one in shared.items() if one in self.env}
+        self.traced, self.graph = training, training.graphs.get_submodule(self.path).graph
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        found = self._nodes() if all(node in self.env for node in inputs) else []
+        returned = [one.shape for one in found], body.is_tuple
+        if not found or (self.path and returned != evaluated):
+            raise self.refusal(
+                "it takes or returns something else in training mode, as only the network itself "
+                "may do"
+            )
+        if self.path:
+            pairs = zip(found, outputs, strict=True)
+            found = [self.bring(one, order) for one, (_, order) in pairs]
+        body.training_outputs = outputs if self.path else body.outputs
+        body.training_result, body.result, body.outputs = body.result, result, outputs
+        return found
 
     def _nodes(self) -> list[Value]:
         """Reads the nodes of the graph that are not known yet, and returns the outputs."""
@@ -179,12 +187,16 @@ class BodyReader(Parts):
     def _outputs(self, result: Any) -> list[Value]:
         flat = list(leaves(result))
         self.body.is_tuple = isinstance(result, (tuple, list)) and self.path != ""
+        texts = ["None" if one is None else "{}" for one in flat]
+        flat = [one for one in flat if one is not None]
         self.body.result = ", ".join("{}" for _ in flat)
+        if not flat:
+            raise self.refusal("it returns no tensor")
         if not all(isinstance(self.number(one), Value) for one in flat):
             raise self.refusal("it returns a number beside its tensors; return tensors alone")
         outputs = [self.settled(self.value(one)) for one in flat]
         if self.path == "":
-            self.body.result = result_of(self.traced.out_spec)
+            self.body.result = result_of(self.traced.out_spec, iter(texts))
             outputs = [self.bring(one, axes.channels_last(len(one.shape))) for one in outputs]
         self.body.outputs = [(one.shape, one.order) for one in outputs]
         return outputs

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flax_resblock.errors import InputError, raised
+from flax_resblock.errors import InputError, raised, without_gpu
 from flax_resblock.port.calls import Bounded, EndlessError, never_ends
 from flax_resblock.port.inputs import Shapes, parsed_shapes
 
@@ -81,12 +81,13 @@ def accepted(module: torch.nn.Module, sizes: Sequence[Size]) -> tuple[int, Size,
             return channels, runs[0], None
     shown = ", ".join(f"{height}x{width}" for height, width in sizes)
     assert first is not None
+    advice = (
+        "Give a size that it takes with `image_size=(HEIGHT, WIDTH)`. If it takes something else "
+        "than one image, give the shapes of its inputs, with `example_inputs=...`."
+    )
     raise InputError(
         f"{type(module).__name__} raises on images of {shown} pixels, with {(found or [3])[0]} and "
-        f"other numbers of channels ({raised(first)}). Give a size that it takes with "
-        f"`image_size=(HEIGHT, WIDTH)`. If it takes something else "
-        f"than one image, give the shapes of its inputs, with "
-        f"`example_inputs=...`."
+        f"other numbers of channels ({raised(first)}). {without_gpu(first, advice)}"
     ) from first
 
 
@@ -104,9 +105,10 @@ def runs_on(module: torch.nn.Module, shapes: Shapes) -> bool | None:
         raise InputError(never_ends(type(module).__name__, error)) from error
     except Exception as error:  # whatever the user's code raises
         shown = ", ".join(str(["N", *shape]).replace("'", "") for shape in shapes)
+        advice = without_gpu(error, "Give those that its forward takes, in its order.")
         raise InputError(
             f"{type(module).__name__} raises on inputs of the shapes {shown} ({raised(error)}). "
-            f"Give those that its forward takes, in its order."
+            f"{advice}"
         ) from error
     return _draws(module, inputs)
 

@@ -25,11 +25,11 @@ def leaves(result: Any) -> Iterator[Any]:
         yield result
 
 
-def result_of(spec: Any) -> str:
-    """What the network returns, with a hole for every tensor."""
+def result_of(spec: Any, texts: Iterator[str]) -> str:
+    """What the network returns, with a text for each of its leaves, such as a hole for a tensor."""
     if spec.is_leaf():
-        return "{}"
-    inner = [result_of(child) for child in spec.children()]
+        return next(texts)
+    inner = [result_of(child, texts) for child in spec.children()]
     if spec.type in (tuple, list):
         ends = "[]" if spec.type is list else "()"
         return ends[0] + ", ".join(inner) + ("," if len(inner) == 1 else "") + ends[1]

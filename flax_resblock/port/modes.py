@@ -1,5 +1,5 @@
-"""What a module does in training mode alone: more outputs, such as those of auxiliary heads, are
-ported; whatever else is not batch norm or dropout is refused."""
+"""What a network does in training mode alone, such as to return the logits of auxiliary heads too,
+or to compute in several branches what is one kernel in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from flax_resblock.errors import InputError, some
 from flax_resblock.port.folding import NOTHING
-from flax_resblock.port.graphs import held, is_tensor, leaves
+from flax_resblock.port.graphs import held, leaves
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.modules import tensors_held, without_call
 from flax_resblock.port.operator_names import RANDOM, name_of
@@ -76,9 +76,10 @@ def trace_training(
       images: The inputs of the network.
     Returns:
       The trace that shows what the network does, with dropout that the code calls in training mode
-      alone; and the trace in training mode if the network returns more there, else None.
+      alone; and the trace in training mode if it does something else there, such as to return the
+      logits of auxiliary heads too, else None.
     Raises:
-      InputError: In training mode it does something else, or cannot be traced.
+      InputError: In training mode it draws random numbers of its own, or cannot be traced.
     """
     module = evaluation.live
     module.train()
@@ -92,13 +93,10 @@ def trace_training(
     finally:
         module.eval()
     _refuse_random(training)
-    grown = len(_outputs(training, "")) > len(_outputs(evaluation, ""))
     before, after = (sum(map(_is_dropout, _nodes(one))) for one in (evaluation, training))
-    more_dropout = after > before and not grown
-    for path, _ in training.graphs.named_modules():
-        if has_graph(evaluation, path) and has_graph(training, path):
-            _compare(evaluation, training, path, through_dropout=more_dropout)
-    return (training if more_dropout else evaluation), (training if grown else None)
+    if after > before and not [*differing(evaluation, training, through_dropout=True)]:
+        return training, None
+    return evaluation, (training if [*differing(evaluation, training)] else None)
 
 
 def _refuse_frozen(module: torch.nn.Module) -> None:
@@ -209,34 +207,28 @@ def _attribute(traced: Traced, path: str, node: Node) -> Any:
     return str(tensor.dtype), tuple(tensor.shape), tuple(tensor.flatten().tolist())
 
 
-def _compare(evaluation: Traced, training: Traced, path: str, *, through_dropout: bool) -> None:
-    """Refuses a module that does something else in training mode; the network may return more."""
-    shared = shared_nodes(evaluation, training, path, through_dropout=through_dropout)
-    before, after = _outputs(evaluation, path), _outputs(training, path)
-    if through_dropout:
-        before = [_without_dropout(one) for one in before]
-    met = {*shared.values()}
-    lost = [one for one in _reached(before) if one not in met]
-    if through_dropout:
-        lost = [one for one in lost if not _is_dropout(one)]
-    more = [one for one in _reached(after) if one not in shared]
-    heads = path == "" and len(after) > len(before)
-    if not lost and (heads or not more) and (heads or [shared[one] for one in after] == before):
-        return
-    node = next(filter(is_tensor, [*([] if heads else more), *lost, *after]))
-    while node.op == "call_module":  # to where the difference begins
-        path = f"{path}.{node.target}".strip(".")
-        called = [one for one in held(node.graph, node).graph.nodes if one.op[:4] == "call"]
-        node = next(filter(is_tensor, called), None) or node
-    at = where(node)
-    raise InputError(
-        f"{type(evaluation.live).__name__} cannot be ported: in training mode "
-        f"{f'module {without_call(path)}' if path else 'its forward pass'} does something else"
-        f"{f' at {at}' if at else ''} ({node.target}). The modes may differ in batch norm, dropout "
-        f"and other layers of torch.nn, and the network may return more tensors in training mode, "
-        f"as with auxiliary heads. To drop values or branches at random, use torch.nn.Dropout or "
-        f"torchvision.ops.StochasticDepth."
-    )
+def differing(
+    evaluation: Traced, training: Traced, *, through_dropout: bool = False
+) -> Iterator[str]:
+    """The paths of the modules whose own code does something else in training mode.
+
+    Args:
+      through_dropout: Dropout computes what it is given.
+    """
+    for path, _ in training.graphs.named_modules():
+        if not (has_graph(evaluation, path) and has_graph(training, path)):
+            continue
+        shared = shared_nodes(evaluation, training, path, through_dropout=through_dropout)
+        before, after = _outputs(evaluation, path), _outputs(training, path)
+        if through_dropout:
+            before = [_without_dropout(one) for one in before]
+        met = {*shared.values()}
+        lost = [one for one in _reached(before) if one not in met]
+        if through_dropout:
+            lost = [one for one in lost if not _is_dropout(one)]
+        more = [one for one in _reached(after) if one not in shared]
+        if lost or more or [shared[one] for one in after] != before:
+            yield path
 
 
 def _graph(traced: Traced, path: str) -> Any:

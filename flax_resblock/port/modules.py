@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
+from types import FunctionType
+from typing import Any
 
 import torch
 from flax import nnx
@@ -27,6 +30,7 @@ def refuse_unready(module: torch.nn.Module) -> None:
     """
     for name, part in module.named_modules():
         kind, why = type(part).__name__, ""
+        called = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
         if "parametrizations" in part._modules and not normed_weights(part):
             kinds = {type(one).__name__ for one in part.get_submodule("parametrizations").modules()}
@@ -47,9 +51,22 @@ def refuse_unready(module: torch.nn.Module) -> None:
                 "is TorchScript, which cannot be traced. Give the module that torch.jit.script or "
                 "torch.jit.trace was given"
             )
+        elif any(map(_holds_a_module, called)):
+            why = (
+                "has a forward hook that holds a module, as a lambda that uses self does. Both are "
+                "compared on copies, and the hook of a copy would still change the module that was "
+                "copied. Remove it, and compute in forward what it keeps"
+            )
         if why:
             at = f"in module {name}, " if name else ""
             raise InputError(f"{type(module).__name__} cannot be ported: {at}{kind} {why}.")
+
+
+def _holds_a_module(hook: Any) -> bool:
+    if not isinstance(hook, FunctionType):
+        return False
+    held = inspect.getclosurevars(hook).nonlocals.values()
+    return any(isinstance(one, torch.nn.Module) for one in held)
 
 
 def without_call(path: str) -> str:

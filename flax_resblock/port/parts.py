@@ -39,6 +39,7 @@ class ParameterPart:
       order: In which it is stored; None until its first use decides.
       trained: Whether it is a parameter.
       initial: Code of the value that it starts with; ``{}`` is its shape.
+      tied: Whether another part has its place in the state dict.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParameterPart:
     order: Order | None
     trained: bool
     initial: str = "jnp.zeros({})"
+    tied: bool = False
 
 
 @dataclass
@@ -128,6 +130,8 @@ def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
             for torch, (ours, codec) in part.layer.tensors.items()
         ]
     if isinstance(part, ParameterPart):
+        if part.tied:
+            return []
         moved = part.order not in (None, tuple(range(len(part.shape))))
         codec = Codec("axes moved", part.order) if moved else Codec("as is")
         return [Tensor(f"{prefix}{part.name}", path, codec)]

@@ -27,6 +27,7 @@ from flax_resblock.port.parts import (
 from flax_resblock.port.values import BATCH
 
 _CONSTANT = re.compile(r"\x01(\d+)\x02")
+_LEAF = re.compile(r"\{\}|\bNone\b")
 
 
 def source_of(
@@ -102,9 +103,7 @@ def _class(made: EmittedClass, *, last: bool, sizes: Sequence[tuple[int, ...]]) 
         lines += ['        """Has no parameters."""', ""]
     kind = "list[jax.Array]" if body.list_input else "jax.Array"
     parameters = ", ".join(f"{name}: {kind}" for name in body.arguments)
-    results = {_returned(body.result, len(body.outputs)): None}
-    if body.training_result:
-        results[_returned(body.training_result, len(body.training_outputs))] = None
+    results = dict.fromkeys(map(_returned, filter(None, (body.result, body.training_result))))
     lines += [f"    def __call__(self, {parameters}) -> {' | '.join(results)}:"]
     lines += [f'        """{_shapes(made)}"""']
 
@@ -150,11 +149,12 @@ def _type(values: Sequence[Any]) -> str:
     return " | ".join(sorted(kinds, key=lambda kind: kind == "None"))
 
 
-def _returned(result: str, count: int) -> str:
-    """The type of a result that consists of so many tensors."""
+def _returned(result: str) -> str:
+    """The type of a result with a hole for every tensor."""
+    kinds = ["None" if one == "None" else "jax.Array" for one in _LEAF.findall(result)]
     if result.startswith("{{"):
-        return "dict[str, jax.Array]"
-    return f"tuple[{', '.join(['jax.Array'] * count)}]" if count > 1 else "jax.Array"
+        return f"dict[str, {' | '.join(dict.fromkeys(kinds))}]"
+    return kinds[0] if result == "{}" else f"tuple[{', '.join(kinds)}]"
 
 
 def _shapes(made: EmittedClass) -> str:
@@ -175,7 +175,7 @@ def _shapes(made: EmittedClass) -> str:
         )
 
     text = f"{', '.join(inputs)} to {shown(*(body.outputs for body in made.bodies))}"
-    if made.main.training_result:
+    if made.main.training_result and made.main.training_outputs != made.main.outputs:
         text += f"; in training mode to {shown(made.main.training_outputs)}"
     return f"{text[0].upper()}{text[1:]}."
 

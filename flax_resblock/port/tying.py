@@ -12,9 +12,9 @@ from flax_resblock.errors import InputError
 from flax_resblock.port.modules import tensors_held
 from flax_resblock.port.parts import (
     Body,
-    ContainerPart,
     LayerPart,
     ModulePart,
+    ParameterPart,
     Part,
     parts_of,
     tensors_of,
@@ -35,33 +35,38 @@ def tie(module: torch.nn.Module, body: Body) -> None:
     groups: dict[int, list[Any]] = {}
     for one in tensors_of(body.parts):
         groups.setdefault(id(held.get(one.key, one)), []).append(one)
-    layers = {f"{part.prefix}{name}": part for part, name in _layers(body.parts)}
+    places = {key: (part, name) for key, part, name in _places(body.parts)}
     for group in groups.values():
         first, *others = sorted(group, key=lambda one: one.path)  # nnx keeps the first path
         for other in others:
-            same = first.codec.axes == other.codec.axes and other.key in layers
-            if not same or body.sequence is not None:
+            if first.codec.axes != other.codec.axes or body.sequence is not None:
                 raise InputError(
                     f"{type(module).__name__} cannot be ported: {first.key} and {other.key} are "
                     f"one parameter of two modules, which cannot share it in Flax. Call one module "
                     f"twice, or give the second one a parameter of its own."
                 )
-            part = layers[other.key]
-            name = other.key.removeprefix(part.prefix)
-            left = {key: one for key, one in part.layer.tensors.items() if key != name}
-            part.layer = replace(part.layer, tensors=left)
+            part, name = places[other.key]
+            if isinstance(part, ParameterPart):
+                part.tied = True
+            else:
+                left = {key: one for key, one in part.layer.tensors.items() if key != name}
+                part.layer = replace(part.layer, tensors=left)
             body.ties.append((_text(other.path), _text(first.path)))
 
 
-def _layers(parts: Mapping[str, Part]) -> Iterator[tuple[LayerPart, str]]:
-    """Every layer, with the name of each of its tensors."""
+def _places(
+    parts: Mapping[str, Part], prefix: str = ""
+) -> Iterator[tuple[str, LayerPart | ParameterPart, str]]:
+    """The key of every tensor, the part that has it, and its name there."""
     for part in parts.values():
         if isinstance(part, LayerPart):
-            yield from ((part, name) for name in part.layer.tensors)
+            yield from ((f"{part.prefix}{name}", part, name) for name in part.layer.tensors)
+        elif isinstance(part, ParameterPart):
+            yield f"{prefix}{part.name}", part, part.name
         elif isinstance(part, ModulePart):
-            yield from _layers(parts_of(part.body))
-        elif isinstance(part, ContainerPart):
-            yield from _layers(part.items)
+            yield from _places(parts_of(part.body), f"{part.body.path}.")
+        else:
+            yield from _places(part.items, prefix)
 
 
 def _text(path: tuple[Any, ...]) -> str:

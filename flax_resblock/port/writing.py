@@ -32,25 +32,31 @@ def write(
       body: Changed in place.
       values: In the order in which they are computed.
       outputs: What is returned.
-      in_training: What is returned in training mode, if that is more; the lines for it are behind
-        those for the outputs in evaluation mode.
+      in_training: What is returned in training mode, if that is something else. What only one mode
+        needs is computed in that mode alone.
     """
     outputs, in_training = ([source(one) for one in each] for each in (outputs, in_training))
-    early = _reached(outputs)
-    order = sorted(_needed(values, [*outputs, *in_training]), key=lambda value: value not in early)
-    order, added = _growing_lists(order)
-    early |= {value for value in order if any(one in early for one in value.items or ())}
+    evaluated, trained = _reached(outputs), _reached(in_training or outputs)
+
+    def branch(value: Value) -> int:
+        """0 for what both modes need, 1 for evaluation mode, 2 for training mode."""
+        several = [value, *(value.items or ())]
+        if any(one in evaluated for one in several):
+            return 0 if any(one in trained for one in several) else 1
+        return 2
+
+    order, added = _growing_lists(sorted(_needed(values, [*outputs, *in_training]), key=branch))
     loops = _loops(order, body)
     order = [value for value in order if value not in loops or loops[value]]
     last_use: dict[Value, int] = {}
-    alone = outputs[0] if len(outputs) == 1 and not in_training else None
+    alone = [each[0] for each in (outputs, in_training) if len(each) == 1]
     named = [
         one
         for one in order
-        if _needs_name(one, returned=one is alone) or one in loops or one in added
+        if _needs_name(one, returned=one in alone) or one in loops or one in added
     ]
     place_of = {value: place for place, value in enumerate(named)}
-    middle = sum(value in early for value in named)
+    start, middle = (sum(branch(value) <= last for value in named) for last in (0, 1))
 
     def roots(code: Code) -> list[Value]:
         found: list[Value] = []
@@ -96,10 +102,15 @@ def write(
     def returned(result: str, several: Sequence[Value]) -> str:
         return "return " + result.format(*(writer.text(Code("{}", (one,))) for one in several))
 
-    for place, value in enumerate(named[:middle]):
+    for place, value in enumerate(named[:start]):
         assign(place, value)
     if in_training:
-        body.lines += ["if self.deterministic:", f"    {returned(body.result, outputs)}"]
+        before = len(body.lines)
+        for place, value in enumerate(named[start:middle], start):
+            assign(place, value)
+        body.lines.append(returned(body.result, outputs))
+        branch_lines = [f"    {line}" for line in body.lines[before:]]
+        body.lines[before:] = ["if self.deterministic:", *branch_lines]
         for place, value in enumerate(named[middle:], middle):
             assign(place, value)
         body.lines.append(returned(body.training_result, in_training))

@@ -23,7 +23,13 @@ def check_model(model: nnx.Module, dataset: DataSource, config: TrainConfig) -> 
     if isinstance(model, ResNet) and model.config.num_classes is not None:
         _check_resnet(model, dataset, config)
     classes = classes_of(model, dataset.shape)
-    classes_of(model, dataset.shape, training=True)  # which may return auxiliary outputs too
+    trained = classes_of(model, dataset.shape, training=True)  # with auxiliary outputs, too
+    if trained != classes:
+        raise InputError(
+            f"{type(model).__name__} returns {trained} numbers for an image in training mode and "
+            f"{classes} in evaluation mode, which cannot both be logits. Write the loss and the "
+            f"loop yourself (nnx.Optimizer, or train/plain_optax.py)."
+        )
     if classes < dataset.num_classes:
         raise InputError(
             f"{type(model).__name__} knows {classes} classes, and {dataset.name} has images in "
