@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +79,7 @@ def port(
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
     refuse_unready(inner(module))
-    with global_state_kept(), runnable(inner(module)) as copied:
+    with _undisturbed(), global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
         state = {key: value.copy() for key, value in state.items()}  # the module may train on
         if copied is inner(module):
@@ -121,6 +124,21 @@ def port(
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within it PyTorch leaves half of the cores to XLA, which compiles: threads of PyTorch that
+    wait for a core keep those busy that they have. Python looks for cycles less often, which is a
+    tenth of all work else."""
+    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
+    torch.set_num_threads(max(1, threads // 2))
+    gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        gc.set_threshold(*thresholds)
+
+
 def _ported(
     module: torch.nn.Module,
     state: Mapping[str, np.ndarray],
@@ -147,12 +165,18 @@ def _ported(
         traced, training = trace_training(traced, images)
     if training is not None:
         traced = replace(traced, folded=traced.folded.joined(training.folded))
-    compared = [grown(shapes, more) for more in larger_by(size)]
-    bound, by_batch = "", ""
-    for part in [module, *([copy.deepcopy(module).train()] if trains and asking else [])]:
-        conditions = Conditions(part, shapes)
-        by_batch = conditions.refuse_by_batch() or by_batch
-        bound = bound or conditions.bound_to_size(compared)
+    modes = [module, *([copy.deepcopy(module).train()] if trains and asking else [])]
+    conditions = [Conditions(part, shapes) for part in modes]
+    by_batch: list[str] = []
+
+    @cache
+    def bound() -> str:
+        """Why the code is right for one size only; raises where it is for one batch only."""
+        by_batch.extend(filter(None, [one.refuse_by_batch() for one in conditions]))
+        compared = [grown(shapes, more) for more in larger_by(size)]
+        reasons = (one.bound_to_size(compared) for one in conditions)
+        return next(filter(None, reasons), "")
+
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
     written = []  # all before the first proof, which changes the module
     for any_size in (False, True):
@@ -168,15 +192,16 @@ def _ported(
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
             origin, size, channels, slots, inputs,
-            notes=(*_notes(parameters, unused), *([by_batch] if by_batch else [])),
+            notes=_notes(parameters, unused),
         )  # fmt: skip
         written.append((made, classes))
     plain, guessed = (made for made, _ in written)
     fixed = plain
-    for made, classes in written[: 1 if bound or plain.source == guessed.source else 2]:
+    for made, classes in written[: 1 if plain.source == guessed.source else 2]:
         options = {"exact": exact, "guessed": made is guessed, "bound": bound}
         proof = _proved(module, made, traced, options)
-        made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
+        notes = (*made.notes, *by_batch[-1:], *proof.notes)
+        made = replace(made, figures=proof.figures, notes=notes)
         if not proof.fixed_size:
             return made
         if fixed is plain:
@@ -185,6 +210,8 @@ def _ported(
             shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
             why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
             fixed = replace(made, source=source, notes=(*made.notes, why))
+        if bound():
+            break
     return fixed
 
 
@@ -216,6 +243,7 @@ def _proved(
         f"{some(list(traced.custom_gradients))}, a torch.autograd.Function, has a gradient that is "
         f"written by hand"
     )
+    options["bound"]()  # what that refuses has another reason
     try:
         proof = prove(module, made, **options)
     except InputError as error:
