@@ -155,9 +155,10 @@ class Program:
 
 @contextmanager
 def _traced_once(model: nnx.Module) -> Iterator[None]:
-    """Within it, layers of the model that are equal but for their numbers are traced once for
+    """Within it, layers of this library that are equal but for their numbers are traced once for
     inputs of each shape. :class:`InPieces` takes apart what that makes one operation."""
-    layers = [part for _, part in nnx.iter_modules(model) if not _has_parts(part)]
+    parts = [part for _, part in nnx.iter_modules(model) if not _has_parts(part)]
+    layers = [part for part in parts if type(part).__module__.startswith("flax_resblock.nn.")]
     own = {id(part) for part in layers}
     originals = {type(part): vars(type(part)).get("__call__") for part in layers}
 
@@ -168,7 +169,8 @@ def _traced_once(model: nnx.Module) -> Iterator[None]:
             return original(layer, *arguments), nnx.state(layer)
 
         def call(self: Any, *arguments: Any, **named: Any) -> Any:
-            if id(self) not in own or named:
+            arrays = all(isinstance(one, jax.Array) for one in arguments)
+            if id(self) not in own or named or not arrays:
                 return original(self, *arguments, **named)
             output, state = traced(*nnx.split(self), *arguments)
             nnx.update(self, state)
