@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_resblock.cpu.pieces import InPieces, _key, _pieces_of
+from flax_resblock.cpu.pieces import InPieces, _flat, _key, _moved, _pieces_of
 
 RNG = np.random.default_rng(7)
 
@@ -71,7 +71,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_program(arguments):
 
 def keys(function, *arguments):
     traced = jax.make_jaxpr(function)(*arguments)
-    return [_key(one.operations, one.inputs, one.outputs) for one in _pieces_of(traced)]
+    return [_key(one.operations, one.inputs, one.outputs) for one in _pieces_of(_flat(traced))]
 
 
 def test_equal_layers_are_compiled_once(arguments):
@@ -113,4 +113,19 @@ def test_zeros_between_pixels_are_written_out(arguments):
 
     traced = jax.make_jaxpr(gradients)(*arguments)
     assert dilations(traced.jaxpr.eqns) == {(1, 1), (2, 2), (3, 3)}
-    assert {(1, 1)} == dilations(one for piece in _pieces_of(traced) for one in piece.operations)
+    pieces = _pieces_of(_flat(traced))
+    assert {(1, 1)} == dilations(one for piece in pieces for one in piece.operations)
+
+
+def test_pads_and_flips_without_a_program_are_those_of_xla(arguments):
+    x, fill = arguments[0], jnp.float64(0.5)
+    ends = ((0, 0, 0), (-1, 2, 1), (3, -2, 2), (0, 1, 0))
+    for function in (
+        lambda x, fill: lax.pad(x, fill, ends),
+        lambda x, _: lax.pad(x, np.float64(-3), ends),
+        lambda x, _: lax.rev(x, (1, 3)),
+    ):
+        program = InPieces(function, x, fill)
+        assert [one.result().func for _, one in program._steps] == [_moved]
+        assert np.array_equal(program(x, fill), function(x, fill))
+        assert not np.array_equal(program(x, fill), function(x + 1, fill))

@@ -45,6 +45,12 @@ def quick_options() -> Mapping[str, Any]:
 
 
 @cache
+def piece_options() -> Mapping[str, Any]:
+    """:func:`quick_options` for programs that are small, of which two are compiled at a time."""
+    return {**quick_options(), **_known({"xla_cpu_parallel_codegen_split_count": 1})}
+
+
+@cache
 def inference_options() -> Mapping[str, Any]:
     """Options of the compiler for inference on a CPU: those of training, and operations in the
     order that needs the least memory, which is as fast."""

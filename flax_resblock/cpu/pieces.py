@@ -6,8 +6,10 @@ a few times takes longer to compile than to run."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +17,45 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 
-from flax_resblock.cpu.compiling import LEVEL, quick_options
+from flax_resblock.cpu.compiling import LEVEL, piece_options
 
 _BOUNDARIES = ("conv_general_dilated", "dot_general")
 """Each of these is a piece of its own, and so is what lies between two of them."""
 
+_FUNCTIONS = ("jit", "pjit")
+"""Operations that call another traced function; their names in newer and older jax."""
+
 _DERIVATIVES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
 """Parameters of a function with a derivative of its own that do not change its value."""
 
-_LITTLE = 2**21
-"""Numbers that LLVM's loops compute in less time without its optimisations than these take."""
+_LITTLE = 2**21, 2**24
+"""Products, and numbers between products, that LLVM's loops compute in less time without its
+optimisations than these take."""
 
 _KERNELS = "ynn_fusion"
 """In the text of a program whose convolution is one of the kernels that come with XLA."""
+
+
+class _Variable:
+    """Stands for a value; a function inside that is called twice has the same variables twice."""
+
+    def __init__(self, aval: Any) -> None:
+        self.aval = aval
+
+
+class _Flat(NamedTuple):
+    """A traced function.
+
+    Attributes:
+      operations: In their order.
+      inputs, outputs: Variables; literals may be among the outputs.
+      constants: The values of other variables.
+    """
+
+    operations: list[Any]
+    inputs: list[Any]
+    outputs: list[Any]
+    constants: dict[Any, Any]
 
 
 class _Piece(NamedTuple):
@@ -56,33 +84,65 @@ class InPieces:
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
         self._tree = jax.tree.structure(shapes)
-        self._jaxpr, self._consts = traced.jaxpr, traced.consts
+        self._flat = _flat(traced)
+        pieces = _pieces_of(self._flat)
+        keys = [_key(one.operations, one.inputs, one.outputs) for one in pieces]
+        runs = Counter(keys)
         programs: dict[Any, Future[Any]] = {}
         self._steps: list[tuple[_Piece, Future[Any]]] = []
         threads = ThreadPoolExecutor(2)
-        for piece in _pieces_of(traced):
-            key = _key(piece.operations, piece.inputs, piece.outputs)
-            if key not in programs:
+        for piece, key in zip(pieces, keys, strict=True):
+            if key not in programs and _only_moves(piece.operations):
+                programs[key] = Future()
+                programs[key].set_result(partial(_moved, piece.operations[0]))
+            elif key not in programs:
                 lowered = jax.jit(_function(piece)).lower(*map(_shape_of, piece.inputs))
-                programs[key] = threads.submit(_compiled, lowered, piece.operations)
+                programs[key] = threads.submit(_compiled, lowered, piece.operations, runs[key])
             self._steps.append((piece, programs[key]))
         threads.shutdown(wait=False)
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns; the arguments have the shapes that it was compiled for."""
-        values = dict(zip(self._jaxpr.constvars, self._consts, strict=True))
-        values |= dict(zip(self._jaxpr.invars, jax.tree.leaves(arguments), strict=True))
+        values = self._flat.constants | dict(
+            zip(self._flat.inputs, jax.tree.leaves(arguments), strict=True)
+        )
         for piece, program in self._steps:
             results = program.result()(*(values[one] for one in piece.inputs))
             values.update(zip(piece.outputs, results, strict=True))
             for one in piece.dead:
                 del values[one]
-        return jax.tree.unflatten(self._tree, [_read(values, one) for one in self._jaxpr.outvars])
+        return jax.tree.unflatten(self._tree, [_read(values, one) for one in self._flat.outputs])
 
 
-def _pieces_of(traced: ClosedJaxpr) -> list[_Piece]:
+def _flat(traced: ClosedJaxpr) -> _Flat:
+    """A traced function without functions inside it."""
+    constants: dict[Any, Any] = {}
+    operations: list[Any] = []
+
+    def inlined(closed: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+        of = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+        for variable, constant in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            of[variable] = _Variable(variable.aval)
+            constants[of[variable]] = constant
+        for one in closed.jaxpr.eqns:
+            taken = [atom if isinstance(atom, Literal) else of[atom] for atom in one.invars]
+            if one.primitive.name in _FUNCTIONS:
+                of |= zip(one.outvars, inlined(one.params["jaxpr"], taken), strict=True)
+                continue
+            made = [_Variable(variable.aval) for variable in one.outvars]
+            of |= zip(one.outvars, made, strict=True)
+            operations.append(one.replace(invars=taken, outvars=made))
+        outputs = closed.jaxpr.outvars
+        return [atom if isinstance(atom, Literal) else of[atom] for atom in outputs]
+
+    inputs = [_Variable(variable.aval) for variable in traced.jaxpr.invars]
+    outputs = inlined(traced, inputs)
+    return _Flat(operations, inputs, outputs, constants)
+
+
+def _pieces_of(flat: _Flat) -> list[_Piece]:
     groups: list[list[Any]] = [[]]
-    for one in traced.jaxpr.eqns:
+    for one in flat.operations:
         if one.primitive.name in _BOUNDARIES:
             groups += [*([each] for each in _padded_first(one)), []]
         else:
@@ -91,7 +151,7 @@ def _pieces_of(traced: ClosedJaxpr) -> list[_Piece]:
     last: dict[Any, int] = {}  # the number of the last group that uses a variable
     for number, group in enumerate(groups):
         last |= {one: number for operation in group for one in _variables(operation.invars)}
-    last |= {one: len(groups) for one in _variables(traced.jaxpr.outvars)}
+    last |= {one: len(groups) for one in _variables(flat.outputs)}
     pieces = []
     for number, group in enumerate(groups):
         made = dict.fromkeys(one for operation in group for one in operation.outvars)
@@ -163,6 +223,30 @@ def _function(piece: _Piece) -> Callable[..., list[Any]]:
     return run
 
 
+def _only_moves(operations: Sequence[Any]) -> bool:
+    """Whether NumPy does the same: a program for it takes 20 ms."""
+    one, *others = operations
+    if others or any(isinstance(atom, Literal) for atom in one.invars[:1]):
+        return False
+    return one.primitive.name in ("rev", "pad")
+
+
+def _moved(operation: Any, x: Any, *filling: Any) -> list[np.ndarray]:
+    """What the operation returns: all else that it does is in its parameters."""
+    x, params = np.asarray(x), operation.params
+    if operation.primitive.name == "rev":
+        return [np.flip(x, params["dimensions"])]
+    fill = _read(dict(zip(operation.invars[1:], filling, strict=False)), operation.invars[1])
+    made = np.full(operation.outvars[0].aval.shape, fill, x.dtype)
+    places = []
+    for axis, (low, _, between) in enumerate(params["padding_config"]):
+        place = low + (between + 1) * np.arange(x.shape[axis])
+        kept = (place >= 0) & (place < made.shape[axis])
+        x, places = x.compress(kept, axis), [*places, place[kept]]
+    made[np.ix_(*places)] = x
+    return [made]
+
+
 def _padded_first(convolution: Any) -> list[Any]:
     """An operation; a convolution for which XLA has no fast kernel as one that pads, and a plain
     one. They need programs of their own: XLA takes the padding of one program back into its
@@ -190,16 +274,17 @@ def _padded_first(convolution: Any) -> list[Any]:
     ]
 
 
-def _compiled(lowered: Any, operations: Sequence[Any]) -> Any:
-    """The program; without LLVM's optimisations where LLVM's loops compute little."""
-    options = dict(quick_options())
+def _compiled(lowered: Any, operations: Sequence[Any], runs: int) -> Any:
+    """The program; without LLVM's optimisations where LLVM's loops compute little in all runs."""
+    options = dict(piece_options())
     if LEVEL not in options:
         return lowered.compile(options)
     simple = {**options, LEVEL: 0}
-    if sum(_size(one) for one in operations if one.primitive.name not in _BOUNDARIES) < _LITTLE:
+    between = [one for one in operations if one.primitive.name not in _BOUNDARIES]
+    products, numbers = _LITTLE
+    if runs * sum(map(_size, between)) < numbers:
         program = lowered.compile(simple)
-        products = sum(map(_products, operations))
-        if products < _LITTLE or _KERNELS in program.as_text():
+        if sum(map(_products, operations)) < products or _KERNELS in program.as_text():
             return program
     return lowered.compile(options)
 

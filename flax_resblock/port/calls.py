@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from flax_resblock.port.graphs import leaves
 MOST_CALLS = 30_000
 """Of PyTorch in one forward pass, after which it is taken to be one that never ends."""
 
-_OF_PACKAGES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_OF_PACKAGES = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 
 
 class EndlessError(Exception):

@@ -16,6 +16,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 
 from flax_resblock.errors import InputError
 from flax_resblock.port.calls import Call, Calls
@@ -40,7 +41,7 @@ class Conditions:
     """Runs a module on shapes alone.
 
     Args:
-      module: In the mode to run it in; left as it was.
+      module: In the mode to run it in; copied, and left as it was.
       shapes: Of its inputs without the batch.
     Attributes:
       computed: Why :meth:`bound_to_size` would have bound the module to its size, had the numbers
@@ -48,28 +49,28 @@ class Conditions:
     """
 
     def __init__(self, module: torch.nn.Module, shapes: Shapes) -> None:
-        self.module, self.shapes = module, shapes
+        self.name, self.shapes = type(module).__name__, shapes
         self.mode = "training" if module.training else "evaluation"
-        self._bare = copy.deepcopy(module).to("meta")
+        self._copied = copy.deepcopy(module).to("meta")
         self.fake, self.computed = False, ""
         self.calls = self._run(2, shapes)
         if self.calls is None:  # it holds or makes tensors with numbers
-            self.fake = True
+            self._copied, self.fake = copy.deepcopy(module), True
             self.calls = self._run(2, shapes)
 
     def _run(self, batch: int, shapes: Shapes) -> list[Call] | None:
         """The calls; None where the module raises."""
         try:
             if self.fake:
-                copied = copy.deepcopy(self.module)
+                copied = copy.deepcopy(self._copied)
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     inputs = [torch.empty(batch, *shape) for shape in shapes]
-                    with Calls() as calls:
+                    with _ShapesOfNorms(), Calls() as calls:
                         copied(*inputs)
             else:
                 inputs = [torch.empty(batch, *shape, device="meta") for shape in shapes]
-                with Calls() as calls:
-                    self._bare(*inputs)
+                with _ShapesOfNorms(), Calls() as calls:
+                    self._copied(*inputs)
         except Exception:  # whatever the user's code raises
             return None
         return calls.found
@@ -78,7 +79,9 @@ class Conditions:
     def _followed(self) -> tuple[list[Any], list[tuple[Any, ...]]]:
         """The sizes of the inputs as symbols, and the numbers of every call as expressions in
         them; nothing where that cannot be told."""
-        copied, environment = copy.deepcopy(self.module), ShapeEnv(duck_shape=False)
+        environment = ShapeEnv(duck_shape=False)
+        copied = copy.deepcopy(self._copied)
+        copied = copied if self.fake else copied.to_empty(device="cpu")
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
         inputs = [mode.from_tensor(torch.empty(2, *shape)) for shape in self.shapes]
         try:
@@ -128,7 +131,7 @@ class Conditions:
             if other is not None:
                 shown = "1 image" if batch == 1 else f"{batch} images"
                 raise InputError(
-                    f"{type(self.module).__name__} cannot be ported: in {self.mode} mode its code "
+                    f"{self.name} cannot be ported: in {self.mode} mode its code "
                     f"does something else with a batch of {shown} than with 2, at {other.place} "
                     f"({other.name}). A port does the same for every batch: decide by attributes, "
                     f"or by the sizes of the images."
@@ -188,6 +191,35 @@ class Conditions:
 def _expression(number: Any) -> Any:
     """A number, or what it is in terms of sizes."""
     return number.node.expr if hasattr(number, "node") else number
+
+
+class _ShapesOfNorms(TorchFunctionMode):
+    """Within it batch norm is no more than the shape of its result, which PyTorch finds by way of
+    ten operators: five times as much work as all else that a network does without numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = _batch_norm if func is torch.nn.functional.batch_norm else func
+        return run(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    *numbers: float,
+    **named: float,
+) -> torch.Tensor:
+    """Raises what the function does for tensors that do not fit, and for one value a channel."""
+    channels = x.shape[1]
+    of_channels = [one for one in (running_mean, running_var, weight, bias) if one is not None]
+    if any(one.shape != (channels,) for one in of_channels):
+        raise RuntimeError(f"tensors of another length than the {channels} channels")
+    if training and x.numel() <= channels:
+        raise ValueError("one value a channel")
+    return torch.empty_like(x)
 
 
 def _otherwise(calls: Sequence[Call], others: Sequence[Call]) -> Call | None:

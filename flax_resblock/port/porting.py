@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +78,7 @@ def port(
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"port takes an nn.Module, not a {type(module).__name__}.")
     refuse_unready(inner(module))
-    with global_state_kept(), runnable(inner(module)) as copied:
+    with _undisturbed(), global_state_kept(), runnable(inner(module)) as copied:
         state = state_to_numpy(inner(module).state_dict())
         state = {key: value.copy() for key, value in state.items()}  # the module may train on
         if copied is inner(module):
@@ -119,6 +121,21 @@ def port(
         )  # fmt: skip
         proof = prove(copied, made, exact=exact)
         return replace(made, figures=proof.figures, notes=tuple(proof.notes))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within it PyTorch leaves half of the cores to XLA, which compiles: threads of PyTorch that
+    wait for a core keep those busy that they have. Python looks for cycles less often, which is a
+    tenth of all work else."""
+    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
+    torch.set_num_threads(max(1, threads // 2))
+    gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        gc.set_threshold(*thresholds)
 
 
 def _ported(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,19 +29,26 @@ class Program:
       slots: Attribute path of every slot by name.
       precision: To compute in.
       train: Training mode, with gradients.
+      tracer: A single thread that traces the model.
     """
 
     def __init__(
-        self, model: nnx.Module, slots: Mapping[str, Path], precision: Precision, *, train: bool
+        self,
+        model: nnx.Module,
+        slots: Mapping[str, Path],
+        precision: Precision,
+        *,
+        train: bool,
+        tracer: Executor,
     ) -> None:
-        self.precision, self.train = precision, train
+        self.precision, self.train, self._tracer = precision, train, tracer
         with precision.on_jax(None):
             copied = nnx.clone(model)
             (copied.train if train else copied.eval)()
             self._split = nnx.split(copied)
             self.params = arrays_by_path(nnx.state(copied, nnx.Param))
             self.statistics = arrays_by_path(nnx.state(copied, nnx.BatchStat))
-        self._runs: dict[tuple[int, ...], InPieces] = {}
+        self._runs: dict[tuple[int, ...], Future[InPieces]] = {}
         self._slots = {path: name for name, path in slots.items()}
         self._paths = tuple(self.params), tuple(self.statistics)
 
@@ -53,8 +63,12 @@ class Program:
             ``sum(output * weight) + pull / 2 * sum(output**2)``.
           pull: Of all outputs towards zero.
         """
-        run, arguments = self.compile(images, weight, pull)
+        run = self.compile(images, weight).result()
         with self.precision.on_jax(None):
+            state = list(self.params.values()), list(self.statistics.values())
+            arguments = jax.device_put(state, may_alias=True)
+            numbers = (images, weight, pull) if self.train else (images,)
+            arguments = *arguments, *(jnp.asarray(n, self.precision.storage) for n in numbers)
             if not self.train:
                 output, (activations, _) = run(*arguments)
                 return Trace(np.asarray(output), host_tree(activations), self.statistics)
@@ -68,27 +82,23 @@ class Program:
                 input_gradient=np.asarray(of_input),
             )
 
-    def compile(
-        self, images: np.ndarray, weight: np.ndarray | None = None, pull: float = 0.0
-    ) -> tuple[InPieces, tuple[Any, ...]]:
+    def compile(self, images: np.ndarray, weight: np.ndarray | None = None) -> Future[InPieces]:
         """Begins to compile, in threads of its own, unless images of this shape were here before.
 
         Args:
-          images, weight, pull: As for a call.
-        Returns:
-          The compiled function, and what it takes.
+          images, weight: As for a call; their numbers do not matter.
         """
+        if images.shape not in self._runs:
+            self._runs[images.shape] = self._tracer.submit(self._traced, images, weight)
+        return self._runs[images.shape]
+
+    def _traced(self, images: np.ndarray, weight: np.ndarray | None) -> InPieces:
+        shapes = [images.shape, *(() if weight is None else (weight.shape, ()))]
         with self.precision.on_jax(None), conv_lowering("xla"):
-            numbers = (images, weight, pull) if self.train else (images,)
             state = list(self.params.values()), list(self.statistics.values())
-            arguments = (
-                *jax.tree.map(jnp.asarray, state),
-                *(jnp.asarray(one, self.precision.storage) for one in numbers),
-            )
-            if images.shape not in self._runs:
-                run = self._gradients if self.train else self._outputs
-                self._runs[images.shape] = InPieces(run, *arguments)
-        return self._runs[images.shape], arguments
+            run = self._gradients if self.train else self._outputs
+            dtype = self.precision.storage
+            return InPieces(run, *state, *(jax.ShapeDtypeStruct(one, dtype) for one in shapes))
 
     def descend(
         self, batches: Sequence[np.ndarray], targets: np.ndarray, rate: float
@@ -126,7 +136,7 @@ class Program:
                 activations[self._slots[path]] = output
             return output
 
-        with hooked(module, lambda _, value: value, keep):
+        with _traced_once(module), hooked(module, lambda _, value: value, keep):
             output = module(images)
         after = [variable_at(module, path)[...] for path in self._paths[1]]
         return output, (activations, after)
@@ -141,3 +151,42 @@ class Program:
 
         output, backward, more = jax.vjp(forward, params, images, has_aux=True)
         return backward(weight + pull * output), output, more
+
+
+@contextmanager
+def _traced_once(model: nnx.Module) -> Iterator[None]:
+    """Within it, layers of this library that are equal but for their numbers are traced once for
+    inputs of each shape. :class:`InPieces` takes apart what that makes one operation."""
+    parts = [part for _, part in nnx.iter_modules(model) if not _has_parts(part)]
+    layers = [part for part in parts if type(part).__module__.startswith("flax_resblock.nn.")]
+    own = {id(part) for part in layers}
+    originals = {type(part): vars(type(part)).get("__call__") for part in layers}
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @partial(jax.jit, static_argnums=0)
+        def traced(graph: Any, state: Any, *arguments: Any) -> tuple[Any, Any]:
+            layer = nnx.merge(graph, state)
+            return original(layer, *arguments), nnx.state(layer)
+
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            arrays = all(isinstance(one, jax.Array) for one in arguments)
+            if id(self) not in own or named or not arrays:
+                return original(self, *arguments, **named)
+            output, state = traced(*nnx.split(self), *arguments)
+            nnx.update(self, state)
+            return output
+
+        return call
+
+    changed = {cls: original for cls, original in originals.items() if original is not None}
+    for cls, original in changed.items():
+        setattr(cls, "__call__", wrap(original))  # noqa: B010
+    try:
+        yield
+    finally:
+        for cls, original in changed.items():
+            setattr(cls, "__call__", original)  # noqa: B010
+
+
+def _has_parts(module: nnx.Module) -> bool:
+    return any(isinstance(one, nnx.Module) for _, one in nnx.iter_children(module))

@@ -54,28 +54,33 @@ def prove(
       module: In evaluation mode and float32; changed.
       ported: Its source and table.
       exact: Train both for some steps as well.
-      guessed: Heights and widths in the source are guessed; see
-        :class:`flax_resblock.port.placing.Values`.
+      guessed: Heights and widths in the source are guessed.
       bound: Why the network is right for one size only, if that is known.
     Raises:
       InputError: They differ.
     """
     both = _Comparison(module, ported)
-    shape, wide = both.trained_shape(), PRECISIONS["float64"]
-    cotangent = np.random.default_rng(1).standard_normal(shape or ())
-    both.begin_to_compile(both.few, wide)
-    if shape is not None:  # while PyTorch computes everything else
-        both.begin_to_compile(both.images, wide, train=True, cotangent=cotangent)
-    truth = both.in_float64()
-    precision = PRECISIONS["float32"] if truth is None else wide
-    if truth is None:
-        both.notes.append("your module does not compute in float64; it was compared in float32")
-    both.compare(both.few, precision, theirs=truth)
-    if shape is not None:
-        both.compare(both.images, precision, cotangent)
-        if exact:
-            both.compare_steps(precision, shape)
-    return Proof(both.figures, both.compare_in_float32(guessed, bound), both.notes)
+    wide, narrow = PRECISIONS["float64"], PRECISIONS["float32"]
+    try:
+        both.begin_to_compile(both.few, wide)  # while PyTorch computes everything else
+        shape = both.trained_shape()
+        cotangent = np.random.default_rng(1).standard_normal(shape or ())
+        if shape is not None:
+            both.begin_to_compile(both.images, wide, train=True, cotangent=cotangent)
+        both.begin_in_float32(bound)
+        truth = both.in_float64()
+        precision = narrow if truth is None else wide
+        if truth is None:
+            why = "your module does not compute in float64; it was compared in float32"
+            both.notes.append(why)
+        both.compare(both.few, precision, theirs=truth)
+        if shape is not None:
+            both.compare(both.images, precision, cotangent)
+            if exact:
+                both.compare_steps(precision, shape)
+        return Proof(both.figures, both.compare_in_float32(guessed, bound), both.notes)
+    finally:
+        both.stop()
 
 
 class _Comparison(SideBySide):
@@ -197,6 +202,24 @@ class _Comparison(SideBySide):
             f"the module's code{unseen if 'gradient' in quantity else ''}; nothing was written."
         )
 
+    def begin_in_float32(self, bound: str) -> None:
+        """Lets the first comparison of :meth:`compare_in_float32` compile."""
+        sizes = self._other_sizes(bound)
+        images = self._inputs_at(sizes[0]) if sizes else self.few
+        self.begin_to_compile(images, PRECISIONS["float32"])
+        self.shapes = self.ported.inputs
+
+    def _other_sizes(self, bound: str) -> list[tuple[int, int]]:
+        """By how much those are larger; none if it is right for one size only, or takes vectors,
+        which have no size."""
+        shapes = self.ported.inputs
+        vectors = shapes and grown(shapes, (1, 1)) == shapes
+        return [] if bound or vectors else larger_by(self.ported.image_size)
+
+    def _inputs_at(self, more: tuple[int, int]) -> np.ndarray:
+        height, width = self.ported.image_size
+        return self.inputs_of(grown(self.ported.inputs, more), (height + more[0], width + more[1]))
+
     def compare_in_float32(self, thoroughly: bool, bound: str) -> str:
         """Compares in evaluation mode and float32, with images of another size if there is one
         that the module takes.
@@ -207,15 +230,14 @@ class _Comparison(SideBySide):
         Returns:
           Why the network is right for images of one size only; empty if it is for others.
         """
-        shapes, (height, width) = self.ported.inputs, self.ported.image_size
-        if shapes and grown(shapes, (1, 1)) == shapes:  # vectors, which have no size
+        shapes, sizes = self.ported.inputs, self._other_sizes(bound)
+        if not sizes and not bound:
             self.compare(self.few, PRECISIONS["float32"])
             return ""
         why, agreed = bound or "the module takes no other size that was tried", False
-        for more in () if bound else larger_by((height, width)):
-            other = (height + more[0], width + more[1])
-            others = self.inputs_of(grown(shapes, more), other)
-            shown = f"inputs larger by {more}" if shapes else str(other)
+        for more in sizes:
+            others = self._inputs_at(more)
+            shown = f"inputs larger by {more}" if shapes else str(others.shape[1:3])
             try:
                 theirs = self.torch(others, PRECISIONS["float32"])
             except Exception:  # the module does not take this size

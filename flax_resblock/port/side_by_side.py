@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -100,6 +101,8 @@ class SideBySide:
     def __init__(self, module: torch.nn.Module, ported: PortedNetwork) -> None:
         self.module, self.ported, self._model = module, ported, ported.create()
         self._programs: dict[tuple[str, bool, Shapes], Program] = {}
+        self._models: dict[str, nnx.Module] = {}
+        self._tracer = ThreadPoolExecutor(1)
         self._wide: torch.nn.Module | None = None
         self.torch_slots = {name: f"net.{name}" for name in ported.slots}
         self.flax_slots = {name: ("net", *path) for name, path in ported.slots.items()}
@@ -182,13 +185,21 @@ class SideBySide:
         """Lets :meth:`flax` compile while PyTorch computes."""
         self._program(precision, train).compile(images, cotangent)
 
+    def stop(self) -> None:
+        """Traces nothing more, and keeps no program."""
+        self._tracer.shutdown(wait=False, cancel_futures=True)
+        self._programs.clear()
+
     def _program(self, precision: Precision, train: bool) -> Program:
         """The ported network, compiled once for each of these and the shapes."""
         key = precision.name, train, self.shapes
         if key not in self._programs:
-            with precision.on_jax(None):
-                flat = FlatNetwork(self._filled(precision), self.shapes)
-            self._programs[key] = Program(flat, self.flax_slots, precision, train=train)
+            if precision.name not in self._models:
+                with precision.on_jax(None):
+                    self._models[precision.name] = self._filled(precision)
+            flat = FlatNetwork(self._models[precision.name], self.shapes)
+            more: dict[str, Any] = {"train": train, "tracer": self._tracer}
+            self._programs[key] = Program(flat, self.flax_slots, precision, **more)
         return self._programs[key]
 
     def _filled(self, precision: Precision) -> nnx.Module:
