@@ -140,8 +140,6 @@ def _type(values: Sequence[Any]) -> str:
             kind = "Callable[[jax.Array], jax.Array]"
         if isinstance(value, tuple):
             kind = f"tuple[{', '.join(type(one).__name__ for one in value)}]"
-        if isinstance(value, list):
-            kind = f"list[{type(value[0]).__name__}]"
         kind = "None" if value is None else kind
         if kind not in kinds:
             kinds.append(kind)

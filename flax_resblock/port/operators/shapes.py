@@ -177,7 +177,7 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     side = b.side(lengths[0]) if len(lengths) == 2 and len(value.shape) == 4 and axis > 0 else None
     text = f"jnp.split({{}}, {'[{}]' if side else '{}'}, axis={axis})"
     ends = [sum(lengths[: place + 1]) for place in range(len(lengths) - 1)]
-    return pieces(b, node, value, dim, text, (side or Constant(ends, "ends"),))
+    return pieces(b, node, value, dim, text, (side or Constant(tuple(ends), "ends"),))
 
 
 @rule("unbind")
