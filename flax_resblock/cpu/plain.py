@@ -58,7 +58,7 @@ def _in_steps(convolution: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         last = (0, rank - 1, *range(1, rank - 1))  # batch, channels and pixels, as JAX lists them
         (b, f, *pixels), (o, i, *taps) = numbers.lhs_spec, numbers.rhs_spec
         x, kernel = jnp.transpose(x, (b, *pixels, f)), jnp.transpose(kernel, (*taps, i, o))
-        out = np.argsort([numbers.out_spec[axis] for axis in (0, *range(2, rank), 1)])
+        out = np.argsort([numbers.out_spec[axis] for axis in (0, *range(2, rank), 1)]).tolist()
         numbers = type(numbers)(last, (rank - 1, rank - 2, *range(rank - 2)), last)
     axes = numbers.lhs_spec[2:]
     sizes = [kernel.shape[axis] for axis in numbers.rhs_spec[2:]]
@@ -111,5 +111,5 @@ def _sum_by_sum(convolution: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     result = lax.map(pixel, jnp.arange(prod(shape), dtype=np.int32))
     result = result.reshape(*shape, made[numbers.out_spec[0]], -1)
-    order = np.argsort([numbers.out_spec[axis] for axis in (*range(2, x.ndim), 0, 1)])
+    order = np.argsort([numbers.out_spec[axis] for axis in (*range(2, x.ndim), 0, 1)]).tolist()
     return jnp.transpose(result, order)
