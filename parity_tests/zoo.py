@@ -1,6 +1,6 @@
 """Ports the convolutional networks of torchvision and timm, and writes what was measured.
 
-    python -m parity_tests.zoo torchvision              # one or more of each family
+    python -m parity_tests.zoo torchvision              # all convolutional classifiers
     python -m parity_tests.zoo all --jobs 8 --write
 
 prints one line for each network: lines of source, layers, the largest errors, or why it is refused.
@@ -36,32 +36,28 @@ from parity_tests.support import REPOSITORY, import_torchvision
 PAGE = REPOSITORY / "docs" / "ported" / "zoo.md"
 FACTS = PAGE.with_suffix(".json")
 
-NETWORKS = {
-    "torchvision": """
-        inception_v3 alexnet vgg11 vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2
-        resnet34 vgg13 vgg16 densenet121 googlenet squeezenet1_0 squeezenet1_1 convnext_tiny
-        shufflenet_v2_x0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5
-        efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf
-    """,
-    "timm": """
-        resnet10t resnet26d resnetaa50d resnetblur50 resnetrs50 seresnet33ts ecaresnet26t
-        gcresnet33ts resnetv2_18 resnetv2_50x1_bit res2net50_48w_2s resnest14d selecsls42 dla34
-        hrnet_w18_small nfnet_l0 nf_resnet26 dm_nfnet_f0 rexnet_100 repvgg_a0 mobileone_s0
-        cspresnet50 cspdarknet53 darknet53 ese_vovnet19b_slim_dw vovnet39a ghostnet_050
-        ghostnetv2_100 tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s
-        tf_mobilenetv3_small_minimal_100 efficientnet_lite0 mobilenetv1_100 mobilenetv2_035
-        mobilenetv4_conv_small_035 mobilenet_edgetpu_100 mnasnet_small semnasnet_075 spnasnet_100
-        fbnetc_100 lcnet_035 lcnetv2_small tinynet_e hardcorenas_a regnetx_002 regnety_002
-        regnetz_b16 convnext_atto convnextv2_atto legacy_senet154 legacy_seresnet18 skresnet18
-        gernet_s legacy_xception xception41 inception_v3 inception_v4 inception_resnet_v2 dpn48b
-        densenet121 vgg11_bn tresnet_m nasnetalarge pnasnet5large hgnet_tiny hgnetv2_b0
-        fasternet_t0 repghostnet_050 repvit_m0_9 inception_next_atto starnet_s050 starnet_s1
-        rdnet_tiny mambaout_femto poolformerv2_s12 fastvit_t8 convmixer_768_32 focalnet_tiny_srf
-        cspnext_tiny edgenext_xx_small efficientvit_b0 mobilevit_xxs lambda_resnet26t
-        visformer_tiny
-    """,
-}
-"""A small network of each family that convolves, and some that mix it with attention."""
+PACKAGES = ("torchvision", "timm")
+ATTENTION = ("vit", "swin", "maxvit")
+"""Classifiers of torchvision that begin so are not convolutional."""
+
+FAMILIES = """
+    resnet10t resnet26d resnetaa50d resnetblur50 resnetrs50 seresnet33ts ecaresnet26t
+    gcresnet33ts resnetv2_18 resnetv2_50x1_bit res2net50_48w_2s resnest14d selecsls42 dla34
+    hrnet_w18_small nfnet_l0 nf_resnet26 dm_nfnet_f0 rexnet_100 repvgg_a0 mobileone_s0
+    cspresnet50 cspdarknet53 darknet53 ese_vovnet19b_slim_dw vovnet39a ghostnet_050
+    ghostnetv2_100 tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s
+    tf_mobilenetv3_small_minimal_100 efficientnet_lite0 mobilenetv1_100 mobilenetv2_035
+    mobilenetv4_conv_small_035 mobilenet_edgetpu_100 mnasnet_small semnasnet_075 spnasnet_100
+    fbnetc_100 lcnet_035 lcnetv2_small tinynet_e hardcorenas_a regnetx_002 regnety_002
+    regnetz_b16 convnext_atto convnextv2_atto legacy_senet154 legacy_seresnet18 skresnet18
+    gernet_s legacy_xception xception41 inception_v3 inception_v4 inception_resnet_v2 dpn48b
+    densenet121 vgg11_bn tresnet_m nasnetalarge pnasnet5large hgnet_tiny hgnetv2_b0
+    fasternet_t0 repghostnet_050 repvit_m0_9 inception_next_atto starnet_s050 starnet_s1
+    rdnet_tiny mambaout_femto poolformerv2_s12 fastvit_t8 convmixer_768_32 focalnet_tiny_srf
+    cspnext_tiny edgenext_xx_small efficientvit_b0 mobilevit_xxs lambda_resnet26t
+    visformer_tiny
+"""
+"""A small network of each family of timm that convolves, and some that mix it with attention."""
 
 TITLE = """# Networks of torchvision and timm that port
 
@@ -85,6 +81,16 @@ QUANTITIES = {
     "gradients": ("training gradients", "training gradient of the input"),
     "steps": ("weights after 5 steps of SGD",),
 }
+
+
+def networks(package: str) -> list[str]:
+    """The names of all convolutional classifiers of torchvision, small ones first, or of one of
+    each family of timm."""
+    if package == "timm":
+        return FAMILIES.split()
+    models = import_torchvision().models
+    names = [one for one in models.list_models(module=models) if not one.startswith(ATTENTION)]
+    return sorted(names, key=lambda one: models.get_model_weights(one).DEFAULT.meta["num_params"])
 
 
 def built(package: str, name: str) -> torch.nn.Module:
@@ -202,7 +208,7 @@ def measured(
 def main() -> int:
     """Ports the networks that were named, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("package", choices=[*NETWORKS, "all", "merge"])
+    parser.add_argument("package", choices=[*PACKAGES, "all", "merge"])
     parser.add_argument("names", nargs="*", help="of networks; of files to merge")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each network")
@@ -219,9 +225,9 @@ def main() -> int:
         write(facts, FACTS)
         return 0
     tasks, failed = [], False
-    for package in NETWORKS if options.package == "all" else [options.package]:
+    for package in PACKAGES if options.package == "all" else [options.package]:
         now = {"code": digest(), "with": versions(package)}
-        for name in options.names or NETWORKS[package].split():
+        for name in options.names or networks(package):
             row = facts.get(package, {}).get(name, {})
             if options.again or "ported" not in row or {**row, **now} != row:
                 tasks.append((package, name))
