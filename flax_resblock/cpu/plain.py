@@ -18,16 +18,20 @@ def plainly(operation: Any) -> list[list[Any]]:
 
     A convolution that XLA has a fast kernel for is left alone. Others become a padding, transposes
     and a plain one. They need programs of their own: XLA takes the padding and the transposes of
-    one program back into its convolution. The kernel's gradient of a grouped convolution becomes a
-    loop of products, which is one program.
+    one program back into its convolution. The gradients of grouped convolutions' kernels and of the
+    images of strided ones become products, each of which is one program.
 
     Args:
       operation: Of a traced function.
     """
     if operation.primitive.name != "conv_general_dilated":
         return [[operation]]
-    if operation.params["batch_group_count"] > 1:
+    params = operation.params
+    if params["batch_group_count"] > 1:
         return [_traced(_sum_by_sum, operation)]
+    spread = max(params["lhs_dilation"]) > 1 and max(params["window_strides"]) == 1
+    if spread and params["feature_group_count"] == 1:
+        return [_traced(_spread, operation)]
     return [[one] for one in _traced(_in_steps, operation)]
 
 
@@ -72,6 +76,30 @@ def _in_steps(convolution: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         params |= {"lhs_dilation": (1,) * len(axes), "padding": ((0, 0),) * len(axes)}
     params["dimension_numbers"] = numbers
     return lax.transpose(lax.conv_general_dilated_p.bind(x, kernel, **params), tuple(out))
+
+
+def _spread(convolution: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Of pixels with zeros between them, without a product with a zero: every pixel times every tap
+    of the kernel, added up where each belongs."""
+    params = convolution.params
+    numbers = params["dimension_numbers"]
+    (b, f, *pixels), (o, i, *taps) = numbers.lhs_spec, numbers.rhs_spec
+    made = [convolution.outvars[0].aval.shape[axis] for axis in numbers.out_spec]
+    window = [kernel.shape[axis] for axis in taps]
+    kernel = jnp.transpose(kernel, (i, *taps, o)).reshape(x.shape[f], -1)
+    products = jnp.transpose(x, (b, *pixels, f)) @ kernel  # channels of all taps
+    total = jnp.zeros((), x.dtype)
+    for place, tap in enumerate(np.ndindex(*window)):
+        ends = [(0, 0, 0)]
+        for axis, at in enumerate(tap):
+            step, first = params["lhs_dilation"][axis], params["padding"][axis][0]
+            first -= at * params["rhs_dilation"][axis]
+            last = first + step * (products.shape[1 + axis] - 1) + 1
+            ends.append((first, made[2 + axis] - last, step - 1))
+        of_tap = products[..., place * made[1] : (place + 1) * made[1]]
+        total += lax.pad(of_tap, np.zeros((), x.dtype), [*ends, (0, 0, 0)])
+    order = np.argsort([numbers.out_spec[axis] for axis in (0, *range(2, x.ndim), 1)]).tolist()
+    return jnp.transpose(total, order)
 
 
 def _sum_by_sum(convolution: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
