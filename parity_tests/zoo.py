@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 from collections import OrderedDict
@@ -125,6 +126,7 @@ def row_of(package: str, name: str) -> list[str]:
     for names in QUANTITIES.values():
         errors = [figures[one]["error"] for one in names if one in figures]
         row.append(f"{max(errors):.0e}" if errors else "-")
+    assert "-" not in (row[2:4] + row[5:]), f"not all of {name} was compared: {ported.notes}"
     return row
 
 
@@ -142,13 +144,16 @@ def versions(package: str) -> str:
     return ", ".join(f"{one} {number.partition('+')[0]}" for one, number in found.items())
 
 
-def work(package: str, name: str, core: int | None, results: Connection) -> None:
+def work(package: str, name: str, core: int | None, memory: int, results: Connection) -> None:
     """Sends the row of a network, or why there is none.
 
     Args:
       core: To compute on; None: on all. Threads of one process wait for each other where other
         processes keep the cores busy.
+      memory: Bytes that it may fill. One that needs more ends without a row, and nothing else on
+        the machine does.
     """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -156,6 +161,8 @@ def work(package: str, name: str, core: int | None, results: Connection) -> None
     try:
         results.send({**about, "ported": " ".join(row_of(package, name))})
     except InputError as error:
+        if " alloc" in str(error):  # memory ran out, which says nothing about the network
+            raise
         why = str(error).partition("cannot be ported: ")[2] or str(error)
         results.send({**about, "refused": re.sub(r"/\S*/site-packages/", "", why)})
 
@@ -172,12 +179,15 @@ def measured(
       within: Seconds for all; then those that still run are ended.
     Yields:
       Package, name, seconds and facts, in the order in which they end. The facts are empty of a
-      network that takes longer than the limit, or whose process ends with an error of its own.
+      network that takes longer than the limit or fills more than its share of the memory that is
+      free, or whose process ends with an error of its own.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["parity_tests.families", "flax_resblock.port.porting"])
     cores = sorted(os.sched_getaffinity(0))
+    free = int(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0])
     waiting, running = list(reversed(tasks)), dict[int, Any]()
+    memory = free * 1024 // jobs
     end = time.monotonic() + within
     while (waiting or running) and time.monotonic() < end:
         for place in range(jobs):
@@ -185,7 +195,9 @@ def measured(
                 task = waiting.pop()
                 results, sender = context.Pipe(duplex=False)
                 core = cores[place % len(cores)] if jobs > 1 else None
-                process = context.Process(target=work, args=(*task, core, sender), daemon=True)
+                process = context.Process(
+                    target=work, args=(*task, core, memory, sender), daemon=True
+                )
                 process.start()
                 sender.close()
                 running[place] = task, process, results, time.monotonic()
