@@ -33,7 +33,7 @@ def network(x, wide, kernels):
     for kernel in kernels:
         x = layer(x, kernel, 0.25)
     x = layer(x, kernels[0], 0.5, stride=2)
-    x = layer(x, wide, 0.25, padding=((0, 2), (2, 1)), groups=2)
+    x = layer(x, wide, 0.25, stride=2, padding=((0, 2), (2, 1)), groups=2)
     x = layer(x, kernels[1], 0.25, stride=3)
     x = layer(x, kernels[0], jnp.float64(0.25))
     return x.reshape(len(x), -1) @ jnp.ones((x[0].size, 3)) / 7, kept
@@ -105,16 +105,23 @@ def test_what_differs_is_never_taken_for_equal(other, arguments):
     assert keys(other, x) != keys(lambda x: other(jnp.flip(x)), x)
 
 
-def test_zeros_between_pixels_are_written_out(arguments):
-    """XLA has no fast kernel for the input gradient of a strided convolution in float64."""
+def test_what_xla_has_no_fast_kernel_for_is_written_out(arguments):
+    """In float64: zeros between pixels, and the gradients of grouped convolutions."""
 
-    def dilations(operations):
-        return {one.params["lhs_dilation"] for one in operations if "lhs_dilation" in one.params}
+    def kinds(operations):
+        convolutions = [one.params for one in operations if "lhs_dilation" in one.params]
+        grouped = [one for one in convolutions if one["feature_group_count"] > 1]
+        return (
+            {one["lhs_dilation"] for one in convolutions},
+            {one["batch_group_count"] for one in convolutions},
+            {one["dimension_numbers"].rhs_spec for one in grouped},
+        )
 
     traced = jax.make_jaxpr(gradients)(*arguments)
-    assert dilations(traced.jaxpr.eqns) == {(1, 1), (2, 2), (3, 3)}
-    pieces = _pieces_of(_flat(traced))
-    assert {(1, 1)} == dilations(one for piece in pieces for one in piece.operations)
+    plain, other = (3, 2, 0, 1), (2, 3, 0, 1)
+    assert kinds(traced.jaxpr.eqns) == ({(1, 1), (2, 2), (3, 3)}, {1, 2}, {plain, other})
+    written = [one for piece in _pieces_of(_flat(traced)) for one in piece.operations]
+    assert kinds(written) == ({(1, 1)}, {1}, {plain})
 
 
 def test_pads_and_flips_without_a_program_are_those_of_xla(arguments):

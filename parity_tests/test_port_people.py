@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from flax_resblock.port import porting
 from flax_resblock.port.layer import Rate
 from flax_resblock.port.operator_results import Rounded
 from flax_resblock.port.program import Program
+from flax_resblock.port.proof import Proof
 
 
 class Habits(nn.Module):
@@ -479,6 +482,28 @@ def test_a_module_without_parts_is_made_with_what_its_constructor_asks_for():
     ported = flax_resblock.port(WithoutParts(), image_size=(16, 15))
     assert "class Cut(nnx.Module)" in ported.source
     assert ported.create().cuts[2].end == -3
+
+
+class Halved(nn.Module):
+    """Joins its input with what it makes of half of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        half = self.conv(x / 2)
+        both = torch.cat([half, half * x], 1)
+        return both[:, :3] + x * both[:, 3:]
+
+
+def test_code_is_the_same_every_time_and_names_what_a_variable_holds(monkeypatch):
+    monkeypatch.setattr(porting, "_proved", lambda *_: Proof())
+    names = [f"Half{letter}" for letter in "CAFEBDHG"]
+    module = nn.Sequential(*(type(name, (Halved,), {})() for name in names))
+    source = flax_resblock.port(module, image_size=(8, 8)).source
+    assert re.findall(r"class (Half\w)\(", source) == names  # not in the order of a set
+    assert source.count("joined = jnp.concatenate([") == len(names)
 
 
 class NamedLikeOperators(nn.Module):

@@ -1,6 +1,6 @@
 """Ports the convolutional networks of torchvision and timm, and writes what was measured.
 
-    python -m parity_tests.zoo torchvision              # one or more of each family
+    python -m parity_tests.zoo torchvision              # all convolutional classifiers
     python -m parity_tests.zoo all --jobs 8 --write
 
 prints one line for each network: lines of source, layers, the largest errors, or why it is refused.
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 from collections import OrderedDict
@@ -36,32 +37,28 @@ from parity_tests.support import REPOSITORY, import_torchvision
 PAGE = REPOSITORY / "docs" / "ported" / "zoo.md"
 FACTS = PAGE.with_suffix(".json")
 
-NETWORKS = {
-    "torchvision": """
-        inception_v3 alexnet vgg11 vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2
-        resnet34 vgg13 vgg16 densenet121 googlenet squeezenet1_0 squeezenet1_1 convnext_tiny
-        shufflenet_v2_x0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5
-        efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf
-    """,
-    "timm": """
-        resnet10t resnet26d resnetaa50d resnetblur50 resnetrs50 seresnet33ts ecaresnet26t
-        gcresnet33ts resnetv2_18 resnetv2_50x1_bit res2net50_48w_2s resnest14d selecsls42 dla34
-        hrnet_w18_small nfnet_l0 nf_resnet26 dm_nfnet_f0 rexnet_100 repvgg_a0 mobileone_s0
-        cspresnet50 cspdarknet53 darknet53 ese_vovnet19b_slim_dw vovnet39a ghostnet_050
-        ghostnetv2_100 tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s
-        tf_mobilenetv3_small_minimal_100 efficientnet_lite0 mobilenetv1_100 mobilenetv2_035
-        mobilenetv4_conv_small_035 mobilenet_edgetpu_100 mnasnet_small semnasnet_075 spnasnet_100
-        fbnetc_100 lcnet_035 lcnetv2_small tinynet_e hardcorenas_a regnetx_002 regnety_002
-        regnetz_b16 convnext_atto convnextv2_atto legacy_senet154 legacy_seresnet18 skresnet18
-        gernet_s legacy_xception xception41 inception_v3 inception_v4 inception_resnet_v2 dpn48b
-        densenet121 vgg11_bn tresnet_m nasnetalarge pnasnet5large hgnet_tiny hgnetv2_b0
-        fasternet_t0 repghostnet_050 repvit_m0_9 inception_next_atto starnet_s050 starnet_s1
-        rdnet_tiny mambaout_femto poolformerv2_s12 fastvit_t8 convmixer_768_32 focalnet_tiny_srf
-        cspnext_tiny edgenext_xx_small efficientvit_b0 mobilevit_xxs lambda_resnet26t
-        visformer_tiny
-    """,
-}
-"""A small network of each family that convolves, and some that mix it with attention."""
+PACKAGES = ("torchvision", "timm")
+ATTENTION = ("vit", "swin", "maxvit")
+"""Classifiers of torchvision that begin so are not convolutional."""
+
+FAMILIES = """
+    resnet10t resnet26d resnetaa50d resnetblur50 resnetrs50 seresnet33ts ecaresnet26t
+    gcresnet33ts resnetv2_18 resnetv2_50x1_bit res2net50_48w_2s resnest14d selecsls42 dla34
+    hrnet_w18_small nfnet_l0 nf_resnet26 dm_nfnet_f0 rexnet_100 repvgg_a0 mobileone_s0
+    cspresnet50 cspdarknet53 darknet53 ese_vovnet19b_slim_dw vovnet39a ghostnet_050
+    ghostnetv2_100 tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s
+    tf_mobilenetv3_small_minimal_100 efficientnet_lite0 mobilenetv1_100 mobilenetv2_035
+    mobilenetv4_conv_small_035 mobilenet_edgetpu_100 mnasnet_small semnasnet_075 spnasnet_100
+    fbnetc_100 lcnet_035 lcnetv2_small tinynet_e hardcorenas_a regnetx_002 regnety_002
+    regnetz_b16 convnext_atto convnextv2_atto legacy_senet154 legacy_seresnet18 skresnet18
+    gernet_s legacy_xception xception41 inception_v3 inception_v4 inception_resnet_v2 dpn48b
+    densenet121 vgg11_bn tresnet_m nasnetalarge pnasnet5large hgnet_tiny hgnetv2_b0
+    fasternet_t0 repghostnet_050 repvit_m0_9 inception_next_atto starnet_s050 starnet_s1
+    rdnet_tiny mambaout_femto poolformerv2_s12 fastvit_t8 convmixer_768_32 focalnet_tiny_srf
+    cspnext_tiny edgenext_xx_small efficientvit_b0 mobilevit_xxs lambda_resnet26t
+    visformer_tiny
+"""
+"""A small network of each family of timm that convolves, and some that mix it with attention."""
 
 TITLE = """# Networks of torchvision and timm that port
 
@@ -85,6 +82,16 @@ QUANTITIES = {
     "gradients": ("training gradients", "training gradient of the input"),
     "steps": ("weights after 5 steps of SGD",),
 }
+
+
+def networks(package: str) -> list[str]:
+    """The names of all convolutional classifiers of torchvision, small ones first, or of one of
+    each family of timm."""
+    if package == "timm":
+        return FAMILIES.split()
+    models = import_torchvision().models
+    names = [one for one in models.list_models(module=models) if not one.startswith(ATTENTION)]
+    return sorted(names, key=lambda one: models.get_model_weights(one).DEFAULT.meta["num_params"])
 
 
 def built(package: str, name: str) -> torch.nn.Module:
@@ -119,6 +126,7 @@ def row_of(package: str, name: str) -> list[str]:
     for names in QUANTITIES.values():
         errors = [figures[one]["error"] for one in names if one in figures]
         row.append(f"{max(errors):.0e}" if errors else "-")
+    assert "-" not in (row[2:4] + row[5:]), f"not all of {name} was compared: {ported.notes}"
     return row
 
 
@@ -136,13 +144,16 @@ def versions(package: str) -> str:
     return ", ".join(f"{one} {number.partition('+')[0]}" for one, number in found.items())
 
 
-def work(package: str, name: str, core: int | None, results: Connection) -> None:
+def work(package: str, name: str, core: int | None, memory: int, results: Connection) -> None:
     """Sends the row of a network, or why there is none.
 
     Args:
       core: To compute on; None: on all. Threads of one process wait for each other where other
         processes keep the cores busy.
+      memory: Bytes that it may fill. One that needs more ends without a row, and nothing else on
+        the machine does.
     """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -150,6 +161,8 @@ def work(package: str, name: str, core: int | None, results: Connection) -> None
     try:
         results.send({**about, "ported": " ".join(row_of(package, name))})
     except InputError as error:
+        if " alloc" in str(error):  # memory ran out, which says nothing about the network
+            raise
         why = str(error).partition("cannot be ported: ")[2] or str(error)
         results.send({**about, "refused": re.sub(r"/\S*/site-packages/", "", why)})
 
@@ -166,12 +179,15 @@ def measured(
       within: Seconds for all; then those that still run are ended.
     Yields:
       Package, name, seconds and facts, in the order in which they end. The facts are empty of a
-      network that takes longer than the limit, or whose process ends with an error of its own.
+      network that takes longer than the limit or fills more than its share of the memory that is
+      free, or whose process ends with an error of its own.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["parity_tests.families", "flax_resblock.port.porting"])
     cores = sorted(os.sched_getaffinity(0))
+    free = int(re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[0])
     waiting, running = list(reversed(tasks)), dict[int, Any]()
+    memory = free * 1024 // jobs
     end = time.monotonic() + within
     while (waiting or running) and time.monotonic() < end:
         for place in range(jobs):
@@ -179,7 +195,9 @@ def measured(
                 task = waiting.pop()
                 results, sender = context.Pipe(duplex=False)
                 core = cores[place % len(cores)] if jobs > 1 else None
-                process = context.Process(target=work, args=(*task, core, sender), daemon=True)
+                process = context.Process(
+                    target=work, args=(*task, core, memory, sender), daemon=True
+                )
                 process.start()
                 sender.close()
                 running[place] = task, process, results, time.monotonic()
@@ -202,7 +220,7 @@ def measured(
 def main() -> int:
     """Ports the networks that were named, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("package", choices=[*NETWORKS, "all", "merge"])
+    parser.add_argument("package", choices=[*PACKAGES, "all", "merge"])
     parser.add_argument("names", nargs="*", help="of networks; of files to merge")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each network")
@@ -219,9 +237,9 @@ def main() -> int:
         write(facts, FACTS)
         return 0
     tasks, failed = [], False
-    for package in NETWORKS if options.package == "all" else [options.package]:
+    for package in PACKAGES if options.package == "all" else [options.package]:
         now = {"code": digest(), "with": versions(package)}
-        for name in options.names or NETWORKS[package].split():
+        for name in options.names or networks(package):
             row = facts.get(package, {}).get(name, {})
             if options.again or "ported" not in row or {**row, **now} != row:
                 tasks.append((package, name))

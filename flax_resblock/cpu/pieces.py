@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flax_resblock.cpu.compiling import LEVEL, piece_options
+from flax_resblock.cpu.plain import plainly
 
 _BOUNDARIES = ("conv_general_dilated", "dot_general")
 """Each of these is a piece of its own, and so is what lies between two of them."""
@@ -144,7 +144,7 @@ def _pieces_of(flat: _Flat) -> list[_Piece]:
     groups: list[list[Any]] = [[]]
     for one in flat.operations:
         if one.primitive.name in _BOUNDARIES:
-            groups += [*([each] for each in _padded_first(one)), []]
+            groups += [*plainly(one), []]
         else:
             groups[-1].append(one)
     groups = [group for group in groups if group]
@@ -247,33 +247,6 @@ def _moved(operation: Any, x: Any, *filling: Any) -> list[np.ndarray]:
     return [made]
 
 
-def _padded_first(convolution: Any) -> list[Any]:
-    """An operation; a convolution for which XLA has no fast kernel as one that pads, and a plain
-    one. They need programs of their own: XLA takes the padding of one program back into its
-    convolution."""
-    numbers, pads = (convolution.params.get(name) for name in ("dimension_numbers", "padding"))
-    dilation = convolution.params.get("lhs_dilation")
-    if not dilation:
-        return [convolution]
-    x, kernel = convolution.invars
-    axes = numbers.lhs_spec[2:]
-    taps = [kernel.aval.shape[axis] for axis in numbers.rhs_spec[2:]]
-    small = any(x.aval.shape[axis] <= size for axis, size in zip(axes, taps, strict=True))
-    even = all(low == high for low, high in pads)
-    if set(dilation) == {1} and even and not (small and any(map(any, pads))):
-        return [convolution]
-    ends = [(0, 0, 0)] * len(x.aval.shape)
-    for axis, (low, high), step in zip(axes, pads, dilation, strict=True):
-        ends[axis] = low, high, step - 1
-    padded = jax.make_jaxpr(lambda x: lax.pad(x, np.zeros((), x.dtype), ends))(_shape_of(x))
-    (pad,) = padded.jaxpr.eqns
-    plain = {"lhs_dilation": (1,) * len(axes), "padding": ((0, 0),) * len(axes)}
-    return [
-        pad.replace(invars=[x, pad.invars[1]]),
-        convolution.replace(invars=[*pad.outvars, kernel], params={**convolution.params, **plain}),
-    ]
-
-
 def _compiled(lowered: Any, operations: Sequence[Any], runs: int) -> Any:
     """The program; without LLVM's optimisations where LLVM's loops compute little in all runs."""
     options = dict(piece_options())
@@ -290,6 +263,10 @@ def _compiled(lowered: Any, operations: Sequence[Any], runs: int) -> Any:
 
 
 def _size(operation: Any) -> int:
+    """How many numbers it computes; in a loop, each time."""
+    if operation.primitive.name == "scan":
+        inside = operation.params["jaxpr"].jaxpr.eqns
+        return operation.params["length"] * sum(map(_size, inside))
     return sum(math.prod(one.aval.shape) for one in operation.outvars)
 
 

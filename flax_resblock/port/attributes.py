@@ -27,7 +27,7 @@ from flax_resblock.port.parts import (
 )  # fmt: skip
 from flax_resblock.port.placing import Values
 from flax_resblock.port.tracing import Traced
-from flax_resblock.port.values import Code, Value
+from flax_resblock.port.values import Code, Constant, Value
 
 PASSES = LayerPart(Layer("nn.identity"), "")
 """In the place of a module that holds nothing and is not called with those beside it."""
@@ -216,8 +216,11 @@ class Parts(Values):
                 f"it uses a constant of {tensor.numel():,} numbers that is neither a parameter nor "
                 f"a persistent buffer. Register it with register_buffer"
             )
-        text = text if small.shape == tensor.shape else f"jnp.broadcast_to({text}, {shape})"
-        return Value(Code(text), shape, axes.torch_order(len(shape)), "constant")
+        order = axes.torch_order(len(shape))
+        if small.shape == tensor.shape:
+            return Value(Code(text), shape, order, "constant")
+        size = Constant(shape, "shape")
+        return self.new(f"jnp.broadcast_to({text}, {{}})", [size], shape, order, hint="constant")
 
     def own(self, node: Any) -> str | None:
         """The name of a parameter or buffer of this module that nothing else has used yet."""

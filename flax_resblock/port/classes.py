@@ -63,9 +63,9 @@ def _in_layers(root: Body) -> list[list[Body]]:
                 visit(child)
 
     visit(root)
-    uses: dict[Any, set[Any]] = {}
+    uses: dict[Any, dict[Any, None]] = {}  # ordered, so that the file is the same every time
     for body, children in inside.values():
-        uses.setdefault(body.cls, set()).update(child.cls for child in children)
+        uses.setdefault(body.cls, {}).update(dict.fromkeys(child.cls for child in children))
     try:
         order: list[Any] = list(TopologicalSorter(uses).static_order())
         key_of = {id(body): order.index(body.cls) for body, _ in inside.values()}
@@ -109,7 +109,7 @@ def _with_optional_children(
                 and not any(isinstance(main.parts[name], ParameterPart) for name in lacking)
                 and _skeleton(_without(reader, main, lacking)) == _skeleton(group[0])
             ):
-                for name in {*optional, *lacking}:
+                for name in dict.fromkeys([*optional, *lacking]):
                     flags = optional.setdefault(name, [True] * len(other))
                     flags += [name not in lacking] * len(group)
                 other += group

@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from flax_resblock.config import ARCHITECTURES, Path, ResNetConfig, name_of, walk
+from flax_resblock.config import ARCHITECTURES, Path, ResNetConfig, SlotKind, name_of, walk
 from flax_resblock.convert.metadata import EPS, MOMENTUM
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions
 from flax_resblock.errors import InputError
 from flax_resblock.parity.live_module import open_module
+from flax_resblock.port.layers import layer_of
 from flax_resblock.port.source import formatted, in_docstring
 from flax_resblock.port.table import Tensor
 
@@ -51,6 +52,13 @@ def known_network(module: torch.nn.Module, origin: str) -> KnownNetwork | None:
     slots = {
         modules[slot.name]: slot.path for slot in walk(opened.config) if modules.get(slot.name)
     }
+    for slot in walk(opened.config):
+        name = modules.get(slot.name)
+        if name in slots and ("norm" in slot.kind.value or slot.kind is SlotKind.LINEAR):
+            layer = layer_of(module.get_submodule(name))
+            # a norm of timm's own class applies the activation too; BiT's head is a convolution
+            if layer is None or (slot.kind is SlotKind.LINEAR and layer.call != "nn.Linear"):
+                del slots[name]
     name = type(module).__name__
     return KnownNetwork(_source(opened, opened.config, name, origin), name, tensors, slots)
 

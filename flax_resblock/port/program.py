@@ -110,14 +110,16 @@ class Program:
           Every array of the model afterwards.
         """
         before = self.params, self.statistics
+        self.params = dict(self.params)
         momentum = {path: np.zeros_like(value) for path, value in self.params.items()}
         pull = 2 / targets.size
         for batch in batches:
             found = self(batch, -pull * targets, pull)
-            gradients = found.gradients
-            momentum = {path: 0.9 * value + gradients[path] for path, value in momentum.items()}
-            self.params = {path: self.params[path] - rate * m for path, m in momentum.items()}
             self.statistics = found.statistics
+            for path, gradient in found.gradients.items():  # one by one: all fill much memory
+                momentum[path] = 0.9 * momentum[path] + gradient
+                self.params[path] = self.params[path] - rate * momentum[path]
+            del found
         with self.precision.on_jax(None):
             model: Any = nnx.merge(*self._split, copy=True)
             set_values(model, {**self.params, **self.statistics})

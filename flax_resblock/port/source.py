@@ -138,9 +138,7 @@ def _type(values: Sequence[Any]) -> str:
         if isinstance(value, Written):
             kind = "Callable[[jax.Array], jax.Array]"
         if isinstance(value, tuple):
-            kind = f"tuple[{', '.join(type(one).__name__ for one in value)}]"
-        if isinstance(value, list):
-            kind = f"list[{type(value[0]).__name__}]"
+            kind = f"tuple[{', '.join(_type([one]) for one in value)}]"
         kind = "None" if value is None else kind
         if kind not in kinds:
             kinds.append(kind)

@@ -84,7 +84,8 @@ def write(
         if value in added:
             body.lines.append(f"{added[value].name}.append({text})")
             return
-        again = next(filter(None, (spare.get(one, one.name) for one in operands)), None)
+        names = [spare.get(one, one.name) for one in operands]
+        again = next((one for one in names if one in (*body.arguments, value.hint)), None)
         if value.items is not None:  # a variable holds arrays or a list of them, not both
             spare[value], again = again, None
         value.name = again or _unique(value.hint, taken)

@@ -39,6 +39,8 @@ def _batch_norm(
             options["momentum"] = getattr(b.live, "momentum", momentum)
         if weight is None:
             options["affine"] = False
+        elif bias is None:
+            options["use_bias"] = False
         layer = Layer("nn.BatchNorm", (channels,), options, places, True, inputs="channels_last")
         target = b.synthesised(layer, "norm", list(places))
         return b.apply(layer, target, value, value.shape)
@@ -80,12 +82,14 @@ def _other_norm(b: Any, node: Any, x: Any, *arguments: Any) -> Value:
     default = 1e-5
     options = {} if eps == default else {"eps": eps}
     names = [b.own(one) for one in (weight, bias) if one is not None]
-    if None in names:
-        raise b.refusal(f"{kind} with computed scale or shift is not supported")
+    if None in names or (names and weight is None):
+        raise b.refusal(f"{kind} with a computed scale or shift, or a shift alone")
     if weight is None and call != "InstanceNorm":
         options["affine"] = False
     elif weight is not None and call == "InstanceNorm":
         options["affine"] = True
+    if weight is not None and bias is None:
+        options["use_bias"] = False
     places = {name: (ours, AS_IS) for name, ours in zip(names, ("scale", "bias"), strict=False)}
     inputs: Any = "last_axis" if kind == "layer_norm" else "channels_last"
     layer = Layer(f"nn.{call}", first, options, places, bool(places), inputs=inputs)

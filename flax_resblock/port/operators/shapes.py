@@ -179,7 +179,7 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
     text = f"jnp.split({{}}, {{}}, axis={axis})"
     ends = list(accumulate(lengths[:-1], added))
-    return pieces(b, node, value, dim, text, (Constant(ends, "ends"),))
+    return pieces(b, node, value, dim, text, (Constant(tuple(ends), "ends"),))
 
 
 @rule("unbind")
