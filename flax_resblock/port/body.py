@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from flax_resblock.port.parts import Body, ContainerPart
 from flax_resblock.port.sizes import number_of, shape_of
 from flax_resblock.port.tracing import Traced
 from flax_resblock.port.tying import tie
-from flax_resblock.port.values import Code, Value
+from flax_resblock.port.values import Code, Constant, Value
 from flax_resblock.port.writing import write
 
 
@@ -50,6 +50,7 @@ class Reader:
         self.bodies: dict[str, Body] = {}
         self.inputs: dict[str, Sequence[tuple[Shape, Order]]] = {}
         self.orders: dict[str, list[Order]] = {}
+        self.constants: list[tuple[Any, Any]] = []
 
     def live(self, path: str) -> torch.nn.Module:
         """The user's module."""
@@ -65,15 +66,17 @@ class Reader:
                 f"{self.name} cannot be ported: in module {path}{at}, {error}"
             ) from error
 
-    def numbers(self) -> set[Any]:
+    def numbers(self, steady: Collection[str]) -> set[Any]:
         """The numbers in the code of what was read, and those that its operators are given but for
-        the sizes of reshapes."""
-        values: list[Any] = [one.value for body in self.bodies.values() for one in body.constants]
-        for part in self.traced.graphs.modules():
-            for node in getattr(getattr(part, "graph", None), "nodes", ()):
-                if node.op == "call_function" and name_of(node) not in RESHAPES:
-                    values += [node.args, node.kwargs]
-        return {one for one in leaves(values) if isinstance(one, int | float)}
+        the sizes of reshapes; without those of operators whose numbers are ``steady``."""
+        of_operators = [
+            (node.args, node.kwargs)
+            for part in self.traced.graphs.modules()
+            for node in getattr(getattr(part, "graph", None), "nodes", ())
+            if node.op == "call_function" and name_of(node) not in {*RESHAPES, *steady}
+        ]
+        values = [value for node, value in self.constants if name_of(node) not in steady]
+        return {one for one in leaves([of_operators, values]) if isinstance(one, int | float)}
 
     def trace_of(self, path: str) -> Traced:
         """The trace that has a graph of the module."""
@@ -262,6 +265,12 @@ class BodyReader(Parts):
         ]
         return whole if len(whole.items) > 1 else whole.items[0]
 
+    def new(self, text: str, holes: Sequence[Any], *rest: Any, **more: Any) -> Value:
+        made = super().new(text, holes, *rest, **more)
+        found = [one.value for one in made.code.holes if isinstance(one, Constant)]
+        self.reader.constants += [(self.node, one) for one in found]
+        return made
+
     def apply(self, layer: Layer, target: str, x: Value, shape: Shape) -> Value:
         """What a layer makes of a value.
 
@@ -284,5 +293,5 @@ class BodyReader(Parts):
             self.reader.orders.setdefault(self.inside(target), []).append(order)
             text = f"{self.accessor(target)}({{}})"
             return self.new(text, (x,), shape, order, hint=hint_of(target))
-        text, holes = layer_call(layer)
-        return self.new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])
+        text, holes = layer_call(layer)  # whose numbers do not follow from sizes
+        return super().new(text, (x, *holes), shape, order, hint=layer.call.rpartition(".")[2])

@@ -147,17 +147,20 @@ class Conditions:
             return None, ()
         return other, shapes
 
-    def following(self, compared: Sequence[Shapes]) -> tuple[Shapes, set[float]]:
-        """The first of these shapes that the module takes, if it does the same there, and which
-        numbers and sizes in its calls are other ones there; neither if there are none."""
+    def following(self, compared: Sequence[Shapes]) -> tuple[Shapes, set[float], set[str]]:
+        """The first of these shapes that the module takes, if it does the same there; which numbers
+        and sizes in its calls are other ones there, and the names of calls whose numbers are not;
+        nothing if there are none."""
         other, shapes = self._at_other(compared)
+        pairs = list(zip(self.calls or (), other or (), strict=False))
         found = {
             a
-            for one, two in zip(self.calls or (), other or (), strict=False)
+            for one, two in pairs
             for a, b in zip((*one.numbers, *one.made), (*two.numbers, *two.made), strict=False)
             if a != b
         }
-        return shapes, found
+        moving = {one.name for one, two in pairs if one.numbers != two.numbers}
+        return shapes, found, {one.name for one, _ in pairs} - moving
 
     def bound_to_size(self, compared: Sequence[Shapes]) -> str:
         """Why the code of the module is another one at other sizes of its inputs, but neither at

@@ -185,13 +185,13 @@ def _ported(
     reader, in_both_modes = read(shapes, False)
     compared = [grown(shapes, more) for more in larger_by(size)]
     bound, by_batch, computed = "", "", ""
-    other, following = (), set()
+    other, following, steady = (), set(), set()
     for part in [module, *([copy.deepcopy(module).train()] if in_both_modes else [])]:
         conditions = Conditions(part, shapes)
         by_batch = conditions.refuse_by_batch() or by_batch
         bound = bound or conditions.bound_to_size(compared)
         computed = computed or conditions.computed
-        other, following = conditions.following(compared)
+        other, following, steady = conditions.following(compared)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
     options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
     plain, classes = write(reader)
@@ -206,7 +206,7 @@ def _ported(
         made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
         return None if proof.fixed_size else made
 
-    seen = bool(computed or following & reader.numbers())
+    seen = bool(computed or following & reader.numbers(steady))
     made = for_any_size() if seen and not bound else None
     if made is not None:
         return made
