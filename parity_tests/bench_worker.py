@@ -5,7 +5,7 @@ fails in its turn."""
 import sys
 import time
 
-from flax_resblock.bench.worker import Program, Task, serve
+from flax_resblock.bench.worker import Task, TimedProgram, serve
 
 
 def program(task, alone):
@@ -27,7 +27,9 @@ def program(task, alone):
 
     rows = [{"name": "loop_convert_fusion", "scope": "x", "seconds": 0.02, "count": 6}]
     rows += [{"name": "sm90_xmma_fprop", "scope": "y", "seconds": 0.03, "count": 3}]
-    return Program("NVIDIA H200", run, lambda: None, float, lambda: 7 << 20, lambda repeat: rows)
+    return TimedProgram(
+        "NVIDIA H200", run, lambda: None, float, lambda: 7 << 20, lambda repeat: rows
+    )
 
 
 if __name__ == "__main__":

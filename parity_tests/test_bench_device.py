@@ -15,7 +15,7 @@ from flax_resblock.bench.cases import BenchCase, Contestant
 from flax_resblock.bench.chips import flops, peak_of
 from flax_resblock.bench.device_report import content, sentences, table
 from flax_resblock.bench.kernels import group_of, kernels_of_trace
-from flax_resblock.bench.plan import EAGER, JAX_FLAGS, OURS, Part, parts_of
+from flax_resblock.bench.plan import EAGER, JAX_FLAGS, OURS, BenchPart, parts_of
 from flax_resblock.bench.worker import Alone, Task
 from parity_tests.support import REPOSITORY
 
@@ -25,7 +25,7 @@ CASE = BenchCase("train-step", "resnet20", 16, 4, 10, "float32")
 def measured(monkeypatch, *hows, seconds=60.0, rounds=2):
     """The part in which every contestant is one of :mod:`parity_tests.bench_worker`."""
     monkeypatch.setitem(device_run.MODULES, "jax", "parity_tests.bench_worker")
-    part = Part("a", CASE, tuple(Contestant(how, "jax", how) for how in hows))
+    part = BenchPart("a", CASE, tuple(Contestant(how, "jax", how) for how in hows))
     options = {"device": "cpu", "rounds": rounds, "seconds": seconds, "profile": True}
     return list(device_run.run_parts([part, part][: 1 if seconds > 20 else 2], **options))
 
@@ -126,7 +126,7 @@ def test_kernels_of_a_trace_are_those_of_the_gpus_streams(tmp_path):
 def test_both_sides_compute_the_same_in_every_precision(what):
     """On the CPU as device; without torch.compile, which takes minutes there."""
     parts = [
-        Part(precision, BenchCase(what, "resnet20", 16, 4, 10, precision), (EAGER, OURS))
+        BenchPart(precision, BenchCase(what, "resnet20", 16, 4, 10, precision), (EAGER, OURS))
         for precision in ("float32", "bfloat16")
     ]
     options = {"device": "cpu", "rounds": 1, "seconds": 600.0, "profile": what == "train-step"}

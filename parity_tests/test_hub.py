@@ -309,7 +309,7 @@ def weights(hub, monkeypatch, tmp_path):
     file = f"resnet18-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     hub.uploads[f"/plain/{file}"] = data
     name = "ResNet18_Weights.IMAGENET1K_V1"
-    monkeypatch.setitem(torchvision.WEIGHTS, name, torchvision.Weights(file, 232))
+    monkeypatch.setitem(torchvision.WEIGHTS, name, torchvision.WeightsFile(file, 232))
     monkeypatch.setattr(torchvision, "SERVER", f"{hub.url}/plain")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     hub.requests.clear()

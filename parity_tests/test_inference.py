@@ -12,7 +12,7 @@ import flax_resblock
 from flax_resblock import ResNetConfig, compile_inference
 from flax_resblock.cpu import onednn
 from flax_resblock.cpu.inference import WINOGRAD_BYTES, WINOGRAD_PAYS, CpuNetwork, _planned
-from flax_resblock.cpu.onednn import Convolution
+from flax_resblock.cpu.onednn import ConvolutionSizes
 from flax_resblock.cpu.rewrite import Fused
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.errors import InputError
@@ -130,7 +130,7 @@ def test_the_programs_that_compile_soonest_get_the_models_logits(quick, twins, i
 
 
 def _square(channels):
-    return Convolution((3, 3, channels, channels), (1, 1), (1, 1), (1, 1), 1)
+    return ConvolutionSizes((3, 3, channels, channels), (1, 1), (1, 1), (1, 1), 1)
 
 
 @pytest.mark.parametrize(("fewest", "channels"), WINOGRAD_PAYS[True], ids=str)
@@ -172,7 +172,11 @@ ENDS = [(), ("bias",), ("residual",), ("bias", "residual", "relu")]
 def test_every_form_computes_what_follows_the_convolution(batch, form, ends):
     if form == "onednn" and not onednn.available():
         pytest.skip("this machine or this jaxlib has no known oneDNN")
-    of = _square(512) if form != "xla" else Convolution((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1)
+    of = (
+        _square(512)
+        if form != "xla"
+        else ConvolutionSizes((3, 3, 64, 64), (1, 1), (1, 1), (1, 1), 1)
+    )
     rng = np.random.default_rng(5)
     shape = (batch, 5, 6, of.kernel[2])
     plan = _planned(of, shape, form != "xla")

@@ -219,6 +219,23 @@ def test_the_converter_and_the_files_run_without_jax():
     assert done.stdout.strip() == "set()"
 
 
+def repeated(root: Path) -> set[str]:
+    """Public classes of the library that share their name with another one."""
+    found: list[str] = []
+    for file in (root / "flax_resblock").rglob("*.py"):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        found += [node.name for node in body if isinstance(node, ast.ClassDef)]
+    return {name for name in found if found.count(name) > 1 and not name.startswith("_")}
+
+
+def test_every_class_has_a_name_of_its_own(tmp_path):
+    assert repeated(REPOSITORY) == {"ResNet"}  # nnx and Linen
+    (tmp_path / "flax_resblock").mkdir()
+    for name in ("one", "other"):
+        (tmp_path / "flax_resblock" / f"{name}.py").write_text("class Place:\n    pass\n")
+    assert repeated(tmp_path) == {"Place"}
+
+
 def test_layers_know_no_pytorch_name():
     words = {"running_mean", "running_var", "downsample", "bn1", "layer1", "state_dict"}
     for file in (

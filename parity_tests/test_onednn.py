@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from flax_resblock.cpu import onednn
-from flax_resblock.cpu.onednn import Convolution, not_kept
+from flax_resblock.cpu.onednn import ConvolutionSizes, not_kept
 from flax_resblock.cpu.orders import BLOCKS, in_plain_order, orders_of, reordered
 from flax_resblock.cpu.primitives import DIMENSIONS
 from flax_resblock.cpu.rewrite import evaluate_fused, kernels
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 CASES = (
-    ((2, 9, 7, 5), Convolution((3, 3, 5, 30), (1, 1), (1, 1), (1, 1), 1)),
-    ((1, 8, 8, 256), Convolution((3, 3, 256, 96), (2, 2), (1, 1), (1, 1), 1)),
-    ((3, 13, 10, 3), Convolution((7, 7, 3, 64), (2, 2), (3, 3), (1, 1), 1)),
-    ((2, 7, 7, 48), Convolution((1, 1, 48, 80), (1, 1), (0, 0), (1, 1), 1)),
-    ((2, 11, 6, 16), Convolution((3, 2, 16, 24), (2, 1), (2, 0), (1, 2), 1)),
-    ((2, 9, 9, 32), Convolution((3, 3, 4, 32), (1, 1), (2, 2), (2, 2), 8)),
+    ((2, 9, 7, 5), ConvolutionSizes((3, 3, 5, 30), (1, 1), (1, 1), (1, 1), 1)),
+    ((1, 8, 8, 256), ConvolutionSizes((3, 3, 256, 96), (2, 2), (1, 1), (1, 1), 1)),
+    ((3, 13, 10, 3), ConvolutionSizes((7, 7, 3, 64), (2, 2), (3, 3), (1, 1), 1)),
+    ((2, 7, 7, 48), ConvolutionSizes((1, 1, 48, 80), (1, 1), (0, 0), (1, 1), 1)),
+    ((2, 11, 6, 16), ConvolutionSizes((3, 2, 16, 24), (2, 1), (2, 0), (1, 2), 1)),
+    ((2, 9, 9, 32), ConvolutionSizes((3, 3, 4, 32), (1, 1), (2, 2), (2, 2), 8)),
 )
 
 
@@ -92,7 +92,7 @@ def test_the_right_order_gives_the_same_bits_and_another_does_not(shape, of, ord
 
 def test_a_residual_that_is_needed_again_stays_as_it_was():
     """The sum is written over the residual; one that is used later, or the caller's, is copied."""
-    of = Convolution((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
+    of = ConvolutionSizes((3, 3, 8, 8), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, residual = _data((2, 6, 5, 8), of, seed=2)
     before = jnp.array(residual)
 
@@ -116,7 +116,7 @@ def test_a_residual_that_is_needed_again_stays_as_it_was():
 
 
 def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
-    of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
+    of = ConvolutionSizes((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
     x, kernel, bias, _ = _data((2, 6, 5, 4), of)
     seen = []
 
@@ -142,7 +142,7 @@ def test_what_follows_a_convolution_is_taken_along_where_nobody_else_sees_it():
     ("dtype", "taken"), [(jnp.float32, 1), (jnp.bfloat16, 0), (jnp.float16, 0)], ids=str
 )
 def test_only_convolutions_of_float32_are_handed_on(dtype, taken):
-    of = Convolution((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
+    of = ConvolutionSizes((3, 3, 4, 4), (1, 1), (1, 1), (1, 1), 1)
     x, kernel = (jnp.asarray(value, dtype) for value in _data((2, 6, 5, 4), of)[:2])
     seen = []
 

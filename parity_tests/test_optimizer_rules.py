@@ -25,7 +25,7 @@ from flax_resblock.parity.oracle import TRAJECTORY_LIMIT, relative_l2
 from flax_resblock.runs.optimizer_kinds import OPTIMIZERS
 from flax_resblock.runs.optimizer_state import OptimizerState, read_optimizer, write_optimizer
 from flax_resblock.runs.optimizers import moving, optimizer_of, record_of, state_of
-from flax_resblock.runs.update_rules import RULES, Parameter
+from flax_resblock.runs.update_rules import RULES, ParameterStep
 from parity_tests.families import import_timm
 from parity_tests.optimizer_runs import MAP, module_of
 from parity_tests.support import fast_only, same
@@ -274,7 +274,9 @@ def test_float32_keeps_its_digits_at_every_count(kind):
         kept = {"exp_avg": mean, "exp_avg_sq": square, "mu_product": product}
         momentum = tuple(moving([0.9])[0].tolist())
         options = OPTIMIZERS[kind].options
-        step = Parameter(value, gradient, kept, jnp.asarray(count), 0.1, momentum, None, options)
+        step = ParameterStep(
+            value, gradient, kept, jnp.asarray(count), 0.1, momentum, None, options
+        )
         return np.asarray(RULES[kind](step).by, np.float64)
 
     with jax.enable_x64(True):

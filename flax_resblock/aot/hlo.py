@@ -78,7 +78,7 @@ class Narrow:
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program: every convolution and product, every operation between devices, and the
     values narrower than float32.
 
@@ -197,7 +197,7 @@ def _collective(instruction: Instruction) -> Collective | None:
     return Collective(kind, tuple(shape for _, shape in found), size, slot_of(instruction.scope))
 
 
-def read_hlo(text: str) -> Program:
+def read_hlo(text: str) -> CompiledProgram:
     """Reads one compiled program: optimised HLO with metadata; raises ValueError if it is none."""
     products, collectives, cycles = [], [], 0
     narrow: Counter[tuple[str, str]] = Counter()
@@ -215,4 +215,4 @@ def read_hlo(text: str) -> Program:
     if not count:
         raise ValueError("this is no HLO: it contains no instruction.")
     narrow_values = tuple(Narrow(*key, number) for key, number in narrow.items())
-    return Program(tuple(products), tuple(collectives), narrow_values, cycles)
+    return CompiledProgram(tuple(products), tuple(collectives), narrow_values, cycles)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from flax_resblock.aot.hlo import Product, Program
+from flax_resblock.aot.hlo import CompiledProgram, Product
 from flax_resblock.aot.request import Request
 from flax_resblock.aot.targets import ARITHMETIC
 
@@ -82,7 +82,7 @@ class Outcome:
     seconds: float
     memory: MemoryUse | None
     needed: int
-    program: Program | None
+    program: CompiledProgram | None
 
     @property
     def fits(self) -> bool:
@@ -107,7 +107,7 @@ def computed_in(platform: str, product: Product) -> str:
     return ARITHMETIC[platform, product.kind].get(product.precision[0], product.precision[0])
 
 
-def findings(request: Request, program: Program) -> list[Finding]:
+def findings(request: Request, program: CompiledProgram) -> list[Finding]:
     """The precision certificate: everything that differs from the request; empty if it holds.
 
     It holds if both operands of every convolution and product have the precision that the request

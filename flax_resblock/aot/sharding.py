@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from flax_resblock.aot.hlo import Program
+from flax_resblock.aot.hlo import CompiledProgram
 from flax_resblock.aot.request import Request
 from flax_resblock.config import Branch, Config, SlotKind, walk
 
@@ -80,7 +80,7 @@ def is_step_on_several(request: Request, devices: int) -> bool:
     return request.what == "train-step" and devices > 1
 
 
-def differences(request: Request, program: Program, devices: int) -> list[str]:
+def differences(request: Request, program: CompiledProgram, devices: int) -> list[str]:
     """Where the collectives of a compiled program are not the expected ones; empty where they are.
 
     On one TPU slice the number of values in all-reduces must be exact. On TPUs the number of

@@ -18,7 +18,7 @@ import numpy as np
 from flax_resblock.bench.cases import Contestant
 from flax_resblock.bench.chips import flops, peak_of
 from flax_resblock.bench.kernels import summary
-from flax_resblock.bench.plan import TOLERANCES, Part
+from flax_resblock.bench.plan import TOLERANCES, BenchPart
 from flax_resblock.bench.process import Worker, environment_of_workers
 from flax_resblock.bench.run import Timed, take_turns, write_weights
 from flax_resblock.bench.worker import Task
@@ -65,7 +65,7 @@ def difference(values: Sequence[float], base: Sequence[float]) -> float:
 class PartResult:
     """The measurements of a part: FLOPs of a repetition, and the seconds that all took."""
 
-    part: Part
+    part: BenchPart
     results: list[DeviceResult]
     flops: int
     seconds: float
@@ -105,7 +105,7 @@ class PartResult:
 
 
 def run_parts(
-    parts: Sequence[Part],
+    parts: Sequence[BenchPart],
     *,
     device: str,
     rounds: int,
@@ -143,7 +143,7 @@ class _Turns:
 
     def __init__(
         self,
-        part: Part,
+        part: BenchPart,
         device: str,
         place: Path,
         caches: Path,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import flax_resblock
 from flax_resblock.bench.jax_worker import mean_size, run, stepping
 from flax_resblock.bench.kernels import kernels_of_trace
-from flax_resblock.bench.worker import Alone, Program, Task, batch_of, resident
+from flax_resblock.bench.worker import Alone, Task, TimedProgram, batch_of, resident
 from flax_resblock.export.inference import compile_inference
 
 
@@ -30,7 +30,7 @@ def _profile(run: Callable[[], None]) -> list[dict[str, Any]]:
         return kernels_of_trace(Path(folder))
 
 
-def program(task: Task, alone: Alone) -> Program:
+def program(task: Task, alone: Alone) -> TimedProgram:
     """The step of ``flax-resblock train``, or the network as ``compile_inference`` prepares it."""
     case = task.case
     if task.device == "gpu" and jax.default_backend() == "cpu":
@@ -61,7 +61,7 @@ def program(task: Task, alone: Alone) -> Program:
         jax.block_until_ready(last[0])
 
     kind = jax.devices()[0].device_kind
-    return Program(kind, repeat, wait, mean_size, _memory, _profile)
+    return TimedProgram(kind, repeat, wait, mean_size, _memory, _profile)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flax import nnx
 
 import flax_resblock
 from flax_resblock.bench import worker
-from flax_resblock.bench.worker import Alone, Program, Task, batch_of, serve
+from flax_resblock.bench.worker import Alone, Task, TimedProgram, batch_of, serve
 from flax_resblock.cpu.switch import compiler_options, conv_lowering
 from flax_resblock.export.inference import compile_inference
 from flax_resblock.nn.resnet import ResNet
@@ -124,16 +124,16 @@ def mean_size(outputs: Any) -> float:
     return float(np.abs(np.asarray(outputs, np.float64)).mean())
 
 
-def program(task: Task, alone: Alone) -> Program:
+def program(task: Task, alone: Alone) -> TimedProgram:
     """What the task names; every repetition ends when its result is there."""
     make, value = {
         "train-step": (train_step, float),
         "conversion": (conversion, _total),
     }.get(task.case.what, (forward, mean_size))
-    return Program("cpu", make(task), lambda: None, value)
+    return TimedProgram("cpu", make(task), lambda: None, value)
 
 
-def run(program: Callable[[Task, Alone], Program]) -> None:
+def run(program: Callable[[Task, Alone], TimedProgram]) -> None:
     """Serves the task that the command line names."""
     task = Task.of(sys.argv[1])
     with conv_lowering("xla" if task.how == "xla" else "auto"):

@@ -43,7 +43,7 @@ AUTOTUNED = Contestant("torch.compile, max-autotune", "torch", "max-autotune", l
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchPart:
     """A case and who computes it, by a name for ``--parts``. The other contestants are compared
     with the first."""
 
@@ -59,7 +59,7 @@ def with_flags(name: str) -> Contestant:
 
 def parts_of(
     architecture: str, image_size: int, batches: Sequence[int], jax_flags: Sequence[str]
-) -> list[Part]:
+) -> list[BenchPart]:
     """Everything that can be timed, the most important first.
 
     Args:
@@ -75,23 +75,23 @@ def parts_of(
     train, infer = case("train-step", "bfloat16"), case("inference", "bfloat16")
     sets = [jax_flags[n : n + _SETS] for n in range(0, len(jax_flags), _SETS)]
     return [
-        Part("train-bfloat16", train, (*usual, PLAIN)),
-        Part("inference-bfloat16", infer, usual),
+        BenchPart("train-bfloat16", train, (*usual, PLAIN)),
+        BenchPart("inference-bfloat16", infer, usual),
         *(
-            Part(f"flags-{number}", train, (OURS, *map(with_flags, some)))
+            BenchPart(f"flags-{number}", train, (OURS, *map(with_flags, some)))
             for number, some in enumerate(sets, start=1)
         ),
-        Part("train-tf32", case("train-step", "tf32"), usual),
-        Part("train-float32", case("train-step", "float32"), usual),
+        BenchPart("train-tf32", case("train-step", "tf32"), usual),
+        BenchPart("train-float32", case("train-step", "float32"), usual),
         *(
-            Part(f"{name}-batch-{batch}", case(what, "bfloat16", batch), usual)
+            BenchPart(f"{name}-batch-{batch}", case(what, "bfloat16", batch), usual)
             for batch in others
             for name, what in _SMALL
         ),
-        Part("train-graphs", train, captured),
-        Part("inference-graphs", infer, captured),
-        Part("inference-tf32", case("inference", "tf32"), usual),
-        Part("inference-float32", case("inference", "float32"), usual),
+        BenchPart("train-graphs", train, captured),
+        BenchPart("inference-graphs", infer, captured),
+        BenchPart("inference-tf32", case("inference", "tf32"), usual),
+        BenchPart("inference-float32", case("inference", "float32"), usual),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flax_resblock.bench.torch_worker import mean_size, network_of, sgd, stepping, tensors_of
-from flax_resblock.bench.worker import Alone, Program, Task, resident, serve
+from flax_resblock.bench.worker import Alone, Task, TimedProgram, resident, serve
 
 _WARM = 3
 """Repetitions before a CUDA graph is captured."""
@@ -99,7 +99,7 @@ def _inference(task: Task, module: Any, images: Any, alone: Alone) -> Callable[[
     return forward
 
 
-def program(task: Task, alone: Alone) -> Program:
+def program(task: Task, alone: Alone) -> TimedProgram:
     """A training step or inference, in channels last."""
     device = _settings(task)
     module = network_of(task, device)
@@ -112,7 +112,7 @@ def program(task: Task, alone: Alone) -> Program:
         alone.begin()
         run = _captured(run)
     cuda = device == "cuda"
-    return Program(
+    return TimedProgram(
         device=torch.cuda.get_device_name() if cuda else "cpu",
         run=run,
         wait=torch.cuda.synchronize if cuda else lambda: None,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from flax_resblock.bench import worker
-from flax_resblock.bench.worker import Alone, Program, Task, batch_of, config_of, serve
+from flax_resblock.bench.worker import Alone, Task, TimedProgram, batch_of, config_of, serve
 from flax_resblock.parity.reference import torch_reference
 
 
@@ -105,7 +105,7 @@ def mean_size(outputs: torch.Tensor) -> float:
     return float(outputs.double().abs().mean())
 
 
-def program(task: Task, alone: Alone) -> Program:
+def program(task: Task, alone: Alone) -> TimedProgram:
     """What the task names; every repetition ends when its result is there."""
     torch.set_num_threads(task.threads)
     torch.set_grad_enabled(task.case.what == "train-step")
@@ -113,7 +113,7 @@ def program(task: Task, alone: Alone) -> Program:
         "train-step": (train_step, float),
         "conversion": (conversion, _total),
     }.get(task.case.what, (forward, mean_size))
-    return Program("cpu", make(task), lambda: None, value)
+    return TimedProgram("cpu", make(task), lambda: None, value)
 
 
 if __name__ == "__main__":

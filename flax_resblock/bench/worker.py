@@ -93,7 +93,7 @@ def resident() -> int:
 
 
 @dataclass(frozen=True)
-class Program:
+class TimedProgram:
     """What a worker times.
 
     Attributes:
@@ -136,7 +136,7 @@ class Alone:
         self._file = self._path = None
 
 
-def serve(task: Task, make: Callable[[Task, Alone], Program]) -> None:
+def serve(task: Task, make: Callable[[Task, Alone], TimedProgram]) -> None:
     """Prepares, and then repeats until the input ends.
 
     Args:

@@ -19,7 +19,7 @@ from flax_resblock.checkpoint.limits import UNLIMITED, Limits, check_content
 from flax_resblock.checkpoint.torch_calls import StorageReader
 from flax_resblock.checkpoint.torch_pickle import TorchPickle, read_torch_pickle, stand_in
 from flax_resblock.checkpoint.torch_stand_ins import Storage
-from flax_resblock.checkpoint.zip_directory import ZIP_MAGIC, Place, read_record, records
+from flax_resblock.checkpoint.zip_directory import ZIP_MAGIC, RecordPlace, read_record, records
 from flax_resblock.errors import CheckpointError, visible
 
 _PICKLE, _BYTE_ORDER, _ALIGNMENT = "data.pkl", "byteorder", ".storage_alignment"
@@ -86,7 +86,7 @@ def _read_zip(path: Path, limits: Limits) -> TorchPickle:
     limits.check(path, "max_header_bytes", places[_PICKLE].size, "bytes of pickle")
 
     def start(storage: Storage) -> int:
-        place = places.get(f"data/{storage.key}", Place(0, 0, 0))
+        place = places.get(f"data/{storage.key}", RecordPlace(0, 0, 0))
         if place.size < storage.size:
             name = visible(storage.key)[:60]
             raise CheckpointError(
@@ -111,7 +111,7 @@ def _read_zip(path: Path, limits: Limits) -> TorchPickle:
 
 
 def _text_of(
-    path: Path, places: Mapping[str, Place], names: tuple[str, ...], default: str = ""
+    path: Path, places: Mapping[str, RecordPlace], names: tuple[str, ...], default: str = ""
 ) -> str:
     """The text in the first of these records that is there."""
     place = next((places[name] for name in names if name in places), None)

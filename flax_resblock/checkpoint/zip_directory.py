@@ -28,7 +28,7 @@ _FOLDER = 1 << 4
 """The attribute of a folder, as DOS has it."""
 
 
-class Place(NamedTuple):
+class RecordPlace(NamedTuple):
     """A record in the file: the offset of its first byte, its length, and its CRC-32."""
 
     start: int
@@ -82,7 +82,7 @@ def _check_entries(handle: BinaryIO, path: Path, start: int, length: int) -> Non
         raise _broken(path, "its directory is not as long as its entries")
 
 
-def records(path: Path, limits: Limits) -> dict[str, Place]:
+def records(path: Path, limits: Limits) -> dict[str, RecordPlace]:
     """The place of every record, by its name without the archive's own folder.
 
     torch.save stores records uncompressed, one after the other, in one folder. CheckpointError
@@ -104,14 +104,14 @@ def records(path: Path, limits: Limits) -> dict[str, Place]:
         if not entries or len(entries) != count:
             raise _broken(path, "it holds no records, or not as many as it says")
         _refuse_programs(path, [entry.orig_filename for entry in entries])
-        places: dict[str, Place] = {}
+        places: dict[str, RecordPlace] = {}
         end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             place = _checked_place(handle, path, entry, end, start)
             end = place.start + place.size
             places[entry.orig_filename] = place
     folder = entries[0].orig_filename.partition("/")[0]
-    found: dict[str, Place] = {}
+    found: dict[str, RecordPlace] = {}
     seen: set[str] = set()
     for name in (entry.orig_filename for entry in entries):
         parts = PurePosixPath(name)
@@ -154,7 +154,7 @@ def _refuse_programs(path: Path, names: list[str]) -> None:
 
 def _checked_place(
     handle: BinaryIO, path: Path, entry: zipfile.ZipInfo, end: int, limit: int
-) -> Place:
+) -> RecordPlace:
     """The place of a record, which lies behind ``end`` (of the one before) and before ``limit``."""
     name = visible(entry.orig_filename[:200])
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
@@ -185,10 +185,10 @@ def _checked_place(
     same = handle.read(name_length) == entry.orig_filename.encode(encoding)
     if start + entry.file_size > limit or method != zipfile.ZIP_STORED or not same:
         raise _broken(path, f"its record {name!r} is not what its directory says")
-    return Place(start, entry.file_size, entry.CRC)
+    return RecordPlace(start, entry.file_size, entry.CRC)
 
 
-def read_record(path: Path, place: Place) -> bytes:
+def read_record(path: Path, place: RecordPlace) -> bytes:
     """The bytes of a record; raises CheckpointError if its checksum does not fit."""
     with path.open("rb") as handle:
         handle.seek(place.start)

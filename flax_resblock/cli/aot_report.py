@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from flax_resblock.aot.hlo import Program
+from flax_resblock.aot.hlo import CompiledProgram
 from flax_resblock.aot.memory import suggestions
 from flax_resblock.aot.outcome import Outcome, computed_in, findings
 from flax_resblock.aot.request import Request
@@ -84,7 +84,7 @@ def _title(request: Request, outcome: Outcome, name: str) -> str:
     )
 
 
-def _print_collectives(request: Request, outcome: Outcome, program: Program) -> None:
+def _print_collectives(request: Request, outcome: Outcome, program: CompiledProgram) -> None:
     kinds = Counter(collective.kind for collective in program.collectives)
     words = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
     on_tpu = request.parsed_target.platform == "tpu"
@@ -97,11 +97,11 @@ def _print_collectives(request: Request, outcome: Outcome, program: Program) -> 
     say(f"  collectives  {words}")
 
 
-def _communicated(program: Program) -> int:
+def _communicated(program: CompiledProgram) -> int:
     return sum(collective.bytes for collective in program.collectives)
 
 
-def _print_products(request: Request, program: Program, every_slot: bool) -> None:
+def _print_products(request: Request, program: CompiledProgram, every_slot: bool) -> None:
     platform = request.parsed_target.platform
     slots: dict[tuple[str, ...], list[str]] = {}
     for product in program.products:

@@ -18,7 +18,7 @@ DIFFERENT = 0.01
 
 
 @dataclass(frozen=True)
-class DeviceFlags:
+class AcceleratorFlags:
     """For --what accelerator."""
 
     device: Literal["gpu", "cpu"] = "gpu"
@@ -39,7 +39,7 @@ What = Literal["quick", "full", "train-step", "forward", "inference", "conversio
 
 
 def bench(
-    accelerator: DeviceFlags,
+    accelerator: AcceleratorFlags,
     what: What = "quick",
     architecture: str | None = None,
     image_size: int | None = None,
@@ -173,7 +173,7 @@ def _bench_device(
     image_size: int,
     batches: tuple[int, ...],
     rounds: int,
-    flags: DeviceFlags,
+    flags: AcceleratorFlags,
     json_file: Path | None,
     force: bool,
 ) -> int:

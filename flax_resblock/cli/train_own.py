@@ -97,7 +97,7 @@ def _table_beside(file: Path | None, name: str) -> Table | None:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelValues:
     """The values of a model, where they come from, and what the model carries."""
 
     values: Mapping[ModelPath, np.ndarray]
@@ -134,7 +134,7 @@ class Weights:
 
 def _read(
     code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool, *, run: bool
-) -> Weights:
+) -> ModelValues:
     """Reads a checkpoint as the weights of a network; raises InputError if it is not one of it."""
     from flax import nnx
 
@@ -159,10 +159,10 @@ def _read(
                 opened = open_for(nnx.eval_shape(lambda: code.fresh(0)), record)
         common.refuse_unhealthy(opened, allow_nonfinite)
     common.print_notes(opened.notes)
-    return Weights(opened.values, opened, table)
+    return ModelValues(opened.values, opened, table)
 
 
-def _model(code: OwnCode, weights: Weights, dtype: str, *, widen: bool) -> nnx.Module:
+def _model(code: OwnCode, weights: ModelValues, dtype: str, *, widen: bool) -> nnx.Module:
     """The network with the weights; ``widen`` makes them as wide as ``dtype``."""
     from flax import nnx
 
@@ -241,7 +241,7 @@ def _afresh(code: OwnCode, wanted: Wanted) -> Start:
     return Start(model, None, config, splits, code.file)
 
 
-def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, Weights]:
+def evaluated(code: OwnCode, wanted: Wanted, path: Path) -> tuple[nnx.Module, ModelValues]:
     """The network with the weights of a checkpoint, to be evaluated."""
     opened = opened_own(code, path, wanted.reading, wanted.allow_nonfinite)
     common.print_title(code.name, str(path))
@@ -261,7 +261,7 @@ def own_network(
 
 def opened_own(
     code: OwnCode, path: Path, reading: common.ReadingFlags, allow_nonfinite: bool
-) -> tuple[nnx.Module, Weights]:
+) -> tuple[nnx.Module, ModelValues]:
     """The network with the weights of a folder of ``port``, a run or a checkpoint."""
     weights = _read(code, path, reading, allow_nonfinite, run=False)
     return _model(code, weights, "float32", widen=False), weights

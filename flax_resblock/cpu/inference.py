@@ -27,7 +27,7 @@ class _Plan(NamedTuple):
     """How a convolution is computed for one size of its input."""
 
     form: Literal["onednn", "winograd", "xla"]
-    convolution: onednn.Convolution
+    convolution: onednn.ConvolutionSizes
 
     def prepared(self, kernel: Any) -> Any:
         """The kernel, an array of jax or numpy, as :meth:`__call__` takes it."""
@@ -50,7 +50,7 @@ class _Plan(NamedTuple):
         return jnp.maximum(y, 0) if fused.relu else y
 
 
-def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
+def _planned(of: onednn.ConvolutionSizes, shape: tuple[int, ...], by_onednn: bool) -> _Plan:
     """The fastest form for an input ``(N, H, W, I)``."""
     tiles, channels = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2), min(of.kernel[2:])
     plain = of.strides == of.padding == of.dilation == (1, 1) and of.groups == 1
@@ -61,7 +61,7 @@ def _planned(of: onednn.Convolution, shape: tuple[int, ...], by_onednn: bool) ->
     return _Plan("onednn" if by_onednn else "xla", of)
 
 
-def _by_xla(of: onednn.Convolution, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _by_xla(of: onednn.ConvolutionSizes, x: jax.Array, kernel: jax.Array) -> jax.Array:
     square = (of.kernel[:2], of.padding, of.groups) == ((1, 1), (0, 0), 1)
     if square and len(set(of.strides)) == 1:  # a matrix product is faster
         return products.pointwise(x, kernel, of.strides[0], None)

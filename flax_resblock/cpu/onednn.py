@@ -40,7 +40,7 @@ TARGET = "__onednn$convolution"
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvolutionSizes:
     """The sizes of a convolution.
 
     Attributes:
@@ -184,7 +184,7 @@ def _refusal() -> str:
         rng.integers(-9, 9, shape).astype(np.float32)
         for shape in ((2, 6, 5, 3), (3, 2, 3, 7), (7,), (2, 3, 3, 7))
     )
-    convolution = Convolution(kernel.shape, (2, 1), (1, 0), (1, 2), 1)
+    convolution = ConvolutionSizes(kernel.shape, (2, 1), (1, 0), (1, 2), 1)
 
     @jax.jit
     def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array, residual: jax.Array) -> jax.Array:

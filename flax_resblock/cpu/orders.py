@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resblock.cpu.compiling import give_memory_back
-from flax_resblock.cpu.onednn import Convolution, not_kept
+from flax_resblock.cpu.onednn import ConvolutionSizes, not_kept
 
 BLOCKS = (64, 32, 48, 16, 24, 8)
 """Numbers of output channels that lie beside each other in oneDNN's own orders of a kernel."""
 TRIED_BYTES = 64 << 20
 """Bytes of inputs, kernels and outputs that :func:`orders_of` tries in one program."""
 
-Case = tuple[Convolution, tuple[int, ...]]
+Case = tuple[ConvolutionSizes, tuple[int, ...]]
 """A convolution with ``block`` 0, and the shape of its input, ``(N, H, W, I)``."""
 
 
@@ -56,7 +56,7 @@ def in_plain_order(flat: np.ndarray, shape: tuple[int, ...], block: int) -> np.n
     return blocks.reshape(height, width, inner, parts * block)[..., :outer]
 
 
-def orders_of(cases: Iterable[Case]) -> dict[Case, Convolution]:
+def orders_of(cases: Iterable[Case]) -> dict[Case, ConvolutionSizes]:
     """The same convolutions with the orders in which oneDNN wants their kernels for these inputs,
     found by trying. oneDNN reorders a kernel in HWIO at each call.
 
@@ -64,7 +64,7 @@ def orders_of(cases: Iterable[Case]) -> dict[Case, Convolution]:
     same; any other order gives other numbers. The values are whole numbers, so that sums are exact,
     and NaN behind them: an order that needs anything from there is not taken.
     """
-    found: dict[Case, Convolution] = {}
+    found: dict[Case, ConvolutionSizes] = {}
     together: list[Case] = []
     size = 0
     for case in cases:
@@ -85,7 +85,7 @@ def _bytes(case: Case) -> int:
     return 4 * sum(math.prod(size) for size in (shape, of.kernel, outputs))
 
 
-def _tried_together(cases: Sequence[Case]) -> dict[Case, Convolution]:
+def _tried_together(cases: Sequence[Case]) -> dict[Case, ConvolutionSizes]:
     """:func:`orders_of` by one program for each block, of those that no earlier block suits."""
     images = [jax.device_put(_whole_numbers(13, shape), may_alias=True) for _, shape in cases]
     weights = [_whole_numbers(251, of.kernel) for of, _ in cases]

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from flax_resblock.cpu.max_pool import max_pool
-from flax_resblock.cpu.onednn import Convolution
+from flax_resblock.cpu.onednn import ConvolutionSizes
 from flax_resblock.cpu.pieces import results_of
 from flax_resblock.cpu.primitives import DIMENSIONS
 
@@ -28,7 +28,7 @@ class Fused:
       bias: ``(1, 1, 1, O)``.
     """
 
-    convolution: Convolution
+    convolution: ConvolutionSizes
     x: jax.Array
     kernel: Any
     bias: jax.Array | None = None
@@ -106,7 +106,7 @@ _CALLS = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
 """Primitives that only wrap other operations. Without derivatives only their content matters."""
 
 
-def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...]]]:
+def kernels(network: ClosedJaxpr) -> dict[int, tuple[ConvolutionSizes, tuple[int, ...]]]:
     """Inputs used only as a kernel, by number: the convolution, and the shape of its array."""
     read = (atom for eqn in network.jaxpr.eqns for atom in eqn.invars)
     uses = Counter(id(atom) for atom in (*read, *network.jaxpr.outvars))
@@ -115,7 +115,7 @@ def kernels(network: ClosedJaxpr) -> dict[int, tuple[Convolution, tuple[int, ...
         for number, variable in enumerate(network.jaxpr.invars)
         if uses[id(variable)] == 1
     }
-    found: dict[int, tuple[Convolution, tuple[int, ...]]] = {}
+    found: dict[int, tuple[ConvolutionSizes, tuple[int, ...]]] = {}
     for eqn in network.jaxpr.eqns:
         convolution = _numbers(eqn) if eqn.primitive.name == "conv_general_dilated" else None
         if convolution is not None and id(eqn.invars[1]) in numbers:
@@ -130,7 +130,7 @@ def _convolution(operands: list[Any], eqn: Any, compute: Compute) -> _Pending | 
     return _Pending(Fused(found, _value(operands[0]), operands[1]), compute)
 
 
-def _numbers(eqn: Any) -> Convolution | None:
+def _numbers(eqn: Any) -> ConvolutionSizes | None:
     """Sizes of a float32 convolution in NHWC with equal padding; None for any other."""
     p = eqn.params
     padding, kernel = tuple(p["padding"]), eqn.invars[1].aval
@@ -144,7 +144,7 @@ def _numbers(eqn: Any) -> Convolution | None:
     if not (plain and single and flat) or kernel.size == 0:
         return None
     (rows, _), (columns, _) = padding
-    return Convolution(
+    return ConvolutionSizes(
         kernel.shape,
         tuple(p["window_strides"]),
         (rows, columns),

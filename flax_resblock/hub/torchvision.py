@@ -25,7 +25,7 @@ _TIMEOUT = 30
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-class Weights(NamedTuple):
+class WeightsFile(NamedTuple):
     """A file, whose name ends with the beginning of its SHA-256, and how it was evaluated.
 
     Attributes:
@@ -37,23 +37,23 @@ class Weights(NamedTuple):
 
 
 WEIGHTS = {
-    "ResNet18_Weights.IMAGENET1K_V1": Weights("resnet18-f37072fd.pth", 256),
-    "ResNet34_Weights.IMAGENET1K_V1": Weights("resnet34-b627a593.pth", 256),
-    "ResNet50_Weights.IMAGENET1K_V1": Weights("resnet50-0676ba61.pth", 256),
-    "ResNet50_Weights.IMAGENET1K_V2": Weights("resnet50-11ad3fa6.pth", 232),
-    "ResNet101_Weights.IMAGENET1K_V1": Weights("resnet101-63fe2227.pth", 256),
-    "ResNet101_Weights.IMAGENET1K_V2": Weights("resnet101-cd907fc2.pth", 232),
-    "ResNet152_Weights.IMAGENET1K_V1": Weights("resnet152-394f9c45.pth", 256),
-    "ResNet152_Weights.IMAGENET1K_V2": Weights("resnet152-f82ba261.pth", 232),
-    "ResNeXt50_32X4D_Weights.IMAGENET1K_V1": Weights("resnext50_32x4d-7cdf4587.pth", 256),
-    "ResNeXt50_32X4D_Weights.IMAGENET1K_V2": Weights("resnext50_32x4d-1a0047aa.pth", 232),
-    "ResNeXt101_32X8D_Weights.IMAGENET1K_V1": Weights("resnext101_32x8d-8ba56ff5.pth", 256),
-    "ResNeXt101_32X8D_Weights.IMAGENET1K_V2": Weights("resnext101_32x8d-110c445d.pth", 232),
-    "ResNeXt101_64X4D_Weights.IMAGENET1K_V1": Weights("resnext101_64x4d-173b62eb.pth", 232),
-    "Wide_ResNet50_2_Weights.IMAGENET1K_V1": Weights("wide_resnet50_2-95faca4d.pth", 256),
-    "Wide_ResNet50_2_Weights.IMAGENET1K_V2": Weights("wide_resnet50_2-9ba9bcbe.pth", 232),
-    "Wide_ResNet101_2_Weights.IMAGENET1K_V1": Weights("wide_resnet101_2-32ee1156.pth", 256),
-    "Wide_ResNet101_2_Weights.IMAGENET1K_V2": Weights("wide_resnet101_2-d733dc28.pth", 232),
+    "ResNet18_Weights.IMAGENET1K_V1": WeightsFile("resnet18-f37072fd.pth", 256),
+    "ResNet34_Weights.IMAGENET1K_V1": WeightsFile("resnet34-b627a593.pth", 256),
+    "ResNet50_Weights.IMAGENET1K_V1": WeightsFile("resnet50-0676ba61.pth", 256),
+    "ResNet50_Weights.IMAGENET1K_V2": WeightsFile("resnet50-11ad3fa6.pth", 232),
+    "ResNet101_Weights.IMAGENET1K_V1": WeightsFile("resnet101-63fe2227.pth", 256),
+    "ResNet101_Weights.IMAGENET1K_V2": WeightsFile("resnet101-cd907fc2.pth", 232),
+    "ResNet152_Weights.IMAGENET1K_V1": WeightsFile("resnet152-394f9c45.pth", 256),
+    "ResNet152_Weights.IMAGENET1K_V2": WeightsFile("resnet152-f82ba261.pth", 232),
+    "ResNeXt50_32X4D_Weights.IMAGENET1K_V1": WeightsFile("resnext50_32x4d-7cdf4587.pth", 256),
+    "ResNeXt50_32X4D_Weights.IMAGENET1K_V2": WeightsFile("resnext50_32x4d-1a0047aa.pth", 232),
+    "ResNeXt101_32X8D_Weights.IMAGENET1K_V1": WeightsFile("resnext101_32x8d-8ba56ff5.pth", 256),
+    "ResNeXt101_32X8D_Weights.IMAGENET1K_V2": WeightsFile("resnext101_32x8d-110c445d.pth", 232),
+    "ResNeXt101_64X4D_Weights.IMAGENET1K_V1": WeightsFile("resnext101_64x4d-173b62eb.pth", 232),
+    "Wide_ResNet50_2_Weights.IMAGENET1K_V1": WeightsFile("wide_resnet50_2-95faca4d.pth", 256),
+    "Wide_ResNet50_2_Weights.IMAGENET1K_V2": WeightsFile("wide_resnet50_2-9ba9bcbe.pth", 232),
+    "Wide_ResNet101_2_Weights.IMAGENET1K_V1": WeightsFile("wide_resnet101_2-32ee1156.pth", 256),
+    "Wide_ResNet101_2_Weights.IMAGENET1K_V2": WeightsFile("wide_resnet101_2-d733dc28.pth", 232),
 }
 
 
@@ -142,7 +142,7 @@ def _check(name: str, file: Path, path: Path) -> None:
         )
 
 
-def _images(weights: Weights) -> str:
+def _images(weights: WeightsFile) -> str:
     """How torchvision evaluates them, as this library stores it in its checkpoints."""
     preprocessing = {
         "mean": [0.485, 0.456, 0.406],

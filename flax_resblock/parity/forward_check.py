@@ -20,7 +20,7 @@ from flax_resblock.errors import InputError, raised, some
 from flax_resblock.nn.resnet import build
 from flax_resblock.nn.variables import variable_at
 from flax_resblock.parity.forward_run import (
-    Place,
+    NetworkPlace,
     Size,
     as_shape,
     by_use,
@@ -103,7 +103,7 @@ def check_forward(
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"from_torch runs nn.Modules; pass the state_dict() of a {name}.")
     with global_state_kept(), runnable(inner(module)) as copied:
-        place = Place.of(copied, source)
+        place = NetworkPlace.of(copied, source)
         check = _Check(name, copied, place, source.config, eps, values_of, tuple(sizes), wide)
         with place.tapped(copied):
             size = check.find_size()
@@ -121,7 +121,7 @@ def check_forward(
 class _Check:
     name: str
     module: torch.nn.Module
-    place: Place
+    place: NetworkPlace
     config: Config
     eps: float
     values_of: Callable[[Mapping[str, Any]], Values]

@@ -26,7 +26,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class NetworkPlace:
     """Where in a module the converted network is.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place:
     inputs: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> Place:
+    def of(cls, module: torch.nn.Module, source: OpenedCheckpoint) -> NetworkPlace:
         """Finds the prefix as the state dict was read: wrappers first, then the backbone."""
         keys, is_key = {key: key for key in module.state_dict()}, lambda key: isinstance(key, str)
         stripped = unwrap(keys, is_tensor=is_key, source="the module").state

@@ -14,7 +14,7 @@ from flax_resblock.errors import InputError
 from flax_resblock.parity.live_module import open_module
 from flax_resblock.port.layers import layer_of
 from flax_resblock.port.source import formatted, in_docstring
-from flax_resblock.port.table import Tensor
+from flax_resblock.port.table import PlacedTensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class KnownNetwork:
 
     source: str
     name: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[PlacedTensor, ...]
     slots: Mapping[str, Path]
 
 
@@ -47,7 +47,7 @@ def known_network(module: torch.nn.Module, origin: str) -> KnownNetwork | None:
     keys = list(module.state_dict())
     if not isinstance(opened.config, ResNetConfig) or by_key.keys() != set(keys):
         return None
-    tensors = tuple(Tensor(key, by_key[key].flax_path, by_key[key].codec) for key in keys)
+    tensors = tuple(PlacedTensor(key, by_key[key].flax_path, by_key[key].codec) for key in keys)
     modules = opened.state_map.modules
     slots = {
         modules[slot.name]: slot.path for slot in walk(opened.config) if modules.get(slot.name)

@@ -9,7 +9,7 @@ from typing import Any
 from flax_resblock.convert.codecs import Codec
 from flax_resblock.port.axes import Order, Shape
 from flax_resblock.port.layers import Layer
-from flax_resblock.port.table import Tensor
+from flax_resblock.port.table import PlacedTensor
 from flax_resblock.port.values import Constant
 
 Key = tuple[Any, ...]
@@ -115,18 +115,18 @@ class Body:
 
 def tensors_of(
     parts: Mapping[str, Part], prefix: str = "", path: tuple[Any, ...] = ()
-) -> list[Tensor]:
+) -> list[PlacedTensor]:
     """Every tensor of a module's parts."""
-    found: list[Tensor] = []
+    found: list[PlacedTensor] = []
     for name, part in parts.items():
         found += _tensors(part, (*path, name), prefix)
     return found
 
 
-def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
+def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[PlacedTensor]:
     if isinstance(part, LayerPart):
         return [
-            Tensor(f"{part.prefix}{torch}", (*path, ours), codec)
+            PlacedTensor(f"{part.prefix}{torch}", (*path, ours), codec)
             for torch, (ours, codec) in part.layer.tensors.items()
         ]
     if isinstance(part, ParameterPart):
@@ -134,7 +134,7 @@ def _tensors(part: Part, path: tuple[Any, ...], prefix: str) -> list[Tensor]:
             return []
         moved = part.order not in (None, tuple(range(len(part.shape))))
         codec = Codec("axes moved", part.order) if moved else Codec("as is")
-        return [Tensor(f"{prefix}{part.name}", path, codec)]
+        return [PlacedTensor(f"{prefix}{part.name}", path, codec)]
     if isinstance(part, ModulePart):
         body, inside = part.body, f"{part.body.path}."
         if body.sequence is None:

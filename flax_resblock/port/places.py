@@ -26,7 +26,7 @@ from flax_resblock.port.parts import (
     Part,
     tensors_of,
 )  # fmt: skip
-from flax_resblock.port.table import Parameter, Tensor
+from flax_resblock.port.table import Parameter, PlacedTensor
 
 
 def parameters_of(module: torch.nn.Module, images: Sequence[torch.Tensor]) -> dict[str, Parameter]:
@@ -80,7 +80,7 @@ def versions_of(module: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def placed_tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:
+def placed_tensors(module: torch.nn.Module, body: Body) -> list[PlacedTensor]:
     """Where every tensor of the state dict is; one that is there twice has one place."""
     placed = {one.key: one for one in tensors_of(body.parts)}
     held = tensors_held(module)
@@ -89,7 +89,7 @@ def placed_tensors(module: torch.nn.Module, body: Body) -> list[Tensor]:
     for key in module.state_dict():
         one = placed.get(key) or by_identity.get(id(held.get(key)))
         path, codec = (None, AS_IS) if one is None else (one.path, one.codec)
-        tensors.append(Tensor(key, path, codec))
+        tensors.append(PlacedTensor(key, path, codec))
     return tensors
 
 

@@ -14,7 +14,7 @@ SAMPLES = 4000
 
 
 @dataclass(frozen=True)
-class StochasticDepth:
+class ImageDropping:
     """What a module of the user's does that drops whole images at random in training mode.
 
     Attributes:
@@ -28,7 +28,7 @@ class StochasticDepth:
     off: float
 
 
-def stochastic_depth(module: torch.nn.Module) -> StochasticDepth | None:
+def stochastic_depth(module: torch.nn.Module) -> ImageDropping | None:
     """What a module does if it drops whole images at random in training mode; else None.
 
     It has no tensors and no parts, and a number between 0 and 1 as an attribute. It is called with
@@ -48,7 +48,7 @@ def stochastic_depth(module: torch.nn.Module) -> StochasticDepth | None:
             if scale is None or not _is_off(module, name, off):
                 continue
             options = {"scale_by_keep": scale != 1, "stateful": True, "random": True}
-            return StochasticDepth(layer("StochasticDepth", rate, **options), name, off)
+            return ImageDropping(layer("StochasticDepth", rate, **options), name, off)
     return None
 
 

@@ -27,7 +27,7 @@ UNUSED = "unused"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PlacedTensor:
     """A tensor of the state dict and where the Flax model has it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Table(TensorMap):
     @classmethod
     def of(
         cls,
-        tensors: Iterable[Tensor],
+        tensors: Iterable[PlacedTensor],
         state: Mapping[str, np.ndarray],
         parameters: Mapping[str, Parameter],
         versions: Mapping[str, int] | None = None,
@@ -215,7 +215,7 @@ def _check(about: Mapping[str, Any]) -> None:
         raise InputError("what it says of the network is damaged. Port the network again.")
 
 
-def _entry(one: Tensor, torch_shape: Sequence[int], parameter: Parameter | None) -> Entry:
+def _entry(one: PlacedTensor, torch_shape: Sequence[int], parameter: Parameter | None) -> Entry:
     """Of a tensor; ``parameter`` is None for one that is none."""
     name = one.key.rpartition(".")[2]
     role = {"num_batches_tracked": "counter", "running_var": "variance"}.get(name, "buffer")
@@ -257,5 +257,5 @@ def _of_row(row: Any) -> tuple[Entry, int | None]:
         if not whole or axes != [1, 0] or math.prod(columns) != sizes[1] or min(columns) < 1:
             raise _damaged(str(row)[:120])
         codec = folded((columns[0], columns[1], columns[2]))
-    tensor = Tensor(str(key), None if path is None else tuple(path), codec)
+    tensor = PlacedTensor(str(key), None if path is None else tuple(path), codec)
     return _entry(tensor, sizes, None if number is None else Parameter(*said)), number

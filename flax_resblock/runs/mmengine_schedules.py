@@ -26,7 +26,7 @@ _LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class SchedulePart:
     """One of them: PyTorch's schedule of the same name, which multiplies the rate; the steps from
     the first to before the last at which it does; and the entries of its state dict that are its
     own."""
@@ -45,7 +45,7 @@ class Part:
 class MMEngineSchedule(Scaled):
     """All of them together; ``by_epoch`` says whether they count epochs."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SchedulePart, ...]
     by_epoch: bool
 
     @property
@@ -85,7 +85,7 @@ def read_parts(states: Any, groups: Sequence[Options], source: str) -> tuple[MME
     return MMEngineSchedule(parts, units.pop()), position
 
 
-def _part(state: Mapping[str, Any], source: str) -> Part:
+def _part(state: Mapping[str, Any], source: str) -> SchedulePart:
     own = {name: value for name, value in state.items() if name not in _COMMON}
     plain = {name: value for name, value in own.items() if name != "eta_min_ratio"}
     if "power" in plain and not plain.get("eta_min"):
@@ -97,7 +97,7 @@ def _part(state: Mapping[str, Any], source: str) -> Part:
             f"{source}: a scheduler of the {state['param_name']} that is a "
             f"{type(schedule).__name__}, or one with a lowest rate, has no counterpart here."
         )
-    return Part(schedule, int(state["begin"]), int(state["end"]), own)
+    return SchedulePart(schedule, int(state["begin"]), int(state["end"]), own)
 
 
 def written(

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from flax_resblock.runs.optimizer_kinds import OptimizerKind
-from flax_resblock.runs.update_rules import Moved, Parameter
+from flax_resblock.runs.update_rules import Moved, ParameterStep
 
 
 class RuleState(NamedTuple):
@@ -22,14 +22,14 @@ class RuleState(NamedTuple):
 
 
 def by_rule(
-    rule: Callable[[Parameter], Moved],
+    rule: Callable[[ParameterStep], Moved],
     kind: OptimizerKind,
     number: int,
     options: Mapping[str, Any],
     momentum: tuple[float, float, float],
 ) -> optax.GradientTransformationExtraArgs:
     """A rule as the update of the param group ``number``; ``momentum`` as in
-    :class:`~flax_resblock.runs.update_rules.Parameter`, which the argument ``momenta`` of
+    :class:`~flax_resblock.runs.update_rules.ParameterStep`, which the argument ``momenta`` of
     ``update`` replaces."""
     names = [name for name in kind.tensors if kind.has(name, options)]
 
@@ -60,7 +60,7 @@ def by_rule(
             gradient = -gradient if options.get("maximize") else gradient
             own = dict(zip(names, kept, strict=True))
             return rule(
-                Parameter(value, gradient, own, count, rate, moving, gradient_norm, options)
+                ParameterStep(value, gradient, own, count, rate, moving, gradient_norm, options)
             )
 
         leaves, structure = jax.tree.flatten(updates)

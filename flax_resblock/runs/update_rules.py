@@ -35,7 +35,7 @@ def corrected(log_decay: Any, count: Array, dtype: Any) -> Array:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterStep:
     """One parameter at one step.
 
     Attributes:
@@ -98,7 +98,7 @@ class Moved(NamedTuple):
     kept: dict[str, Array]
 
 
-def _with_momentum(p: Parameter, gradient: Array) -> tuple[Array, dict[str, Array]]:
+def _with_momentum(p: ParameterStep, gradient: Array) -> tuple[Array, dict[str, Array]]:
     """SGD's direction: torch makes the buffer of the first gradient, undamped."""
     if "momentum_buffer" not in p.kept:
         return gradient, {}
@@ -110,12 +110,12 @@ def _with_momentum(p: Parameter, gradient: Array) -> tuple[Array, dict[str, Arra
     return direction, {"momentum_buffer": buffer}
 
 
-def _sgd(p: Parameter) -> Moved:
+def _sgd(p: ParameterStep) -> Moved:
     direction, kept = _with_momentum(p, p.decayed)
     return Moved(-p.number(p.rate) * direction, kept)
 
 
-def _amsgrad(p: Parameter) -> Moved:
+def _amsgrad(p: ParameterStep) -> Moved:
     """Adam and AdamW by the largest second moment so far."""
     gradient, moved = p.decay()
     mean, square = p.moments(gradient)
@@ -126,7 +126,7 @@ def _amsgrad(p: Parameter) -> Moved:
     return Moved(moved - p.number(p.rate) / by_first * mean / root, kept)
 
 
-def _rmsprop(p: Parameter) -> Moved:
+def _rmsprop(p: ParameterStep) -> Moved:
     gradient, alpha = p.decayed, float(p.options["alpha"])
     square = alpha * p.kept["square_avg"] + (1 - alpha) * gradient**2
     kept, spread = {"square_avg": square}, square
@@ -140,7 +140,7 @@ def _rmsprop(p: Parameter) -> Moved:
     return Moved(-p.number(p.rate) * direction, kept)
 
 
-def _adagrad(p: Parameter) -> Moved:
+def _adagrad(p: ParameterStep) -> Moved:
     gradient = p.decayed
     total = p.kept["sum"] + gradient**2
     before = (p.count - 1).astype(total.dtype)
@@ -148,7 +148,7 @@ def _adagrad(p: Parameter) -> Moved:
     return Moved(-rate * gradient / (jnp.sqrt(total) + p.options["eps"]), {"sum": total})
 
 
-def _adadelta(p: Parameter) -> Moved:
+def _adadelta(p: ParameterStep) -> Moved:
     gradient, rho, eps = p.decayed, float(p.options["rho"]), float(p.options["eps"])
     square = rho * p.kept["square_avg"] + (1 - rho) * gradient**2
     delta = jnp.sqrt(p.kept["acc_delta"] + eps) / jnp.sqrt(square + eps) * gradient
@@ -156,7 +156,7 @@ def _adadelta(p: Parameter) -> Moved:
     return Moved(-p.number(p.rate) * delta, kept)
 
 
-def _adamax(p: Parameter) -> Moved:
+def _adamax(p: ParameterStep) -> Moved:
     gradient, (first, complement, second) = p.decayed, p.betas
     mean = first * p.kept["exp_avg"] + complement * gradient
     most = jnp.maximum(second * p.kept["exp_inf"], jnp.abs(gradient) + p.options["eps"])
@@ -164,7 +164,7 @@ def _adamax(p: Parameter) -> Moved:
     return Moved(-p.number(p.rate) / by_first * mean / most, {"exp_avg": mean, "exp_inf": most})
 
 
-def _nadam(p: Parameter) -> Moved:
+def _nadam(p: ParameterStep) -> Moved:
     gradient, moved = p.decay()
     mean, square = p.moments(gradient)
     first, rate = p.number(p.momentum[0]), p.number(p.rate)
@@ -200,7 +200,7 @@ def _averaged_length(decay: float, count: Array, dtype: Any) -> Array:
     return (2 / (1 - decay) - 1 - 2 / rate) + 2 / rate * share
 
 
-def _radam(p: Parameter) -> Moved:
+def _radam(p: ParameterStep) -> Moved:
     gradient, moved = p.decay()
     mean, square = p.moments(gradient)
     by_first, by_second = p.corrections()
@@ -226,7 +226,7 @@ def _ratio(value: Array, step: Array, ratio: Callable[[Array, Array], Array]) ->
     return jnp.where(both, ratio(jnp.where(both, ours, one), jnp.where(both, theirs, one)), one)
 
 
-def _timm_lars(p: Parameter) -> Moved:
+def _timm_lars(p: ParameterStep) -> Moved:
     o, gradient, rate = p.options, p.gradient, p.number(p.rate)
     if o["weight_decay"] or o["always_adapt"]:
 
@@ -239,7 +239,7 @@ def _timm_lars(p: Parameter) -> Moved:
     return Moved(-rate * direction, kept)
 
 
-def _timm_lamb(p: Parameter) -> Moved:
+def _timm_lamb(p: ParameterStep) -> Moved:
     o, gradient, rate = p.options, p.gradient, p.number(p.rate)
     if p.norm is not None and o["max_grad_norm"] is not None:
         gradient = gradient / jnp.maximum(p.norm / o["max_grad_norm"], 1.0).astype(rate.dtype)
@@ -260,7 +260,7 @@ def _timm_lamb(p: Parameter) -> Moved:
     return Moved(value - p.value - rate * step, {"exp_avg": mean, "exp_avg_sq": square})
 
 
-RULES: Mapping[str, Callable[[Parameter], Moved]] = {
+RULES: Mapping[str, Callable[[ParameterStep], Moved]] = {
     "rmsprop": _rmsprop,
     "adagrad": _adagrad,
     "adadelta": _adadelta,
@@ -273,7 +273,7 @@ RULES: Mapping[str, Callable[[Parameter], Moved]] = {
 """By the name of the optimizer."""
 
 
-def rule_of(kind: str, options: Mapping[str, Any]) -> Callable[[Parameter], Moved] | None:
+def rule_of(kind: str, options: Mapping[str, Any]) -> Callable[[ParameterStep], Moved] | None:
     """The rule of a param group; None where optax computes what torch does."""
     if kind == "sgd" and options.get("dampening"):
         return _sgd

@@ -17,7 +17,7 @@ SAY = "Say it with `naming=flax_resblock.Naming(...)`."
 
 
 @dataclass(frozen=True)
-class Layer:
+class FoundLayer:
     """A module with tensors: name, kind (conv, norm or linear) and the shape of its weight."""
 
     name: str
@@ -40,7 +40,7 @@ class Block:
     """A residual block: its prefix, and the modules of its places by their whole names."""
 
     prefix: str
-    places: Mapping[str, Layer]
+    places: Mapping[str, FoundLayer]
     defines_norm_first: bool = False
     """Whether a norm is defined before the convolutions."""
     norm_first: bool | None = None
@@ -58,7 +58,7 @@ class Block:
         return self.places["conv3" if "conv3" in self.places else "conv2"].out
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[FoundLayer]:
         """Its modules."""
         return list(self.places.values())
 
@@ -73,11 +73,11 @@ class Node:
 
     name: str
     children: dict[str, Node] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[FoundLayer] = field(default_factory=list)
     """Of the whole subtree, in order."""
 
 
-def tree_of(layers: list[Layer], joints: str = ".") -> Node:
+def tree_of(layers: list[FoundLayer], joints: str = ".") -> Node:
     """The tree of the names, whose parts any of ``joints`` separates."""
     root = Node("")
     for one in layers:
@@ -102,10 +102,10 @@ def numbered(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _by_number(layers: list[Layer]) -> list[Layer]:
+def _by_number(layers: list[FoundLayer]) -> list[FoundLayer]:
     """The layers in the order in which they were defined, and those whose names differ in their
     numbers alone in the order of the numbers: ``conv2`` runs after ``conv1``."""
-    families: dict[str, list[Layer]] = {}
+    families: dict[str, list[FoundLayer]] = {}
     for one in layers:
         families.setdefault(without_numbers(one.name), []).append(one)
     queues = {
@@ -115,7 +115,7 @@ def _by_number(layers: list[Layer]) -> list[Layer]:
     return [next(queues[without_numbers(one.name)]) for one in layers]
 
 
-def covered(node: Node, rivals: list[str]) -> tuple[list[Block], list[Layer]]:
+def covered(node: Node, rivals: list[str]) -> tuple[list[Block], list[FoundLayer]]:
     """The smallest blocks below a node, and its convolutions and products outside them.
 
     ``rivals`` receives a sentence on every block that has several readings."""
@@ -164,7 +164,7 @@ def _block(node: Node, rivals: list[str]) -> Block | None:
     return Block(node.name, found, node.layers[0].kind == "norm", norm_first)
 
 
-def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:
+def _rivals(block: str, readings: Iterable[Mapping[str, FoundLayer]]) -> str:
     """A sentence on several readings of one block."""
     shown = [
         ", ".join(f"{place} = {one.name}" for place, one in reading.items()) for reading in readings
@@ -172,7 +172,7 @@ def _rivals(block: str, readings: Iterable[Mapping[str, Layer]]) -> str:
     return f"{block} can be read as {'; or as '.join(shown)}. {SAY}"
 
 
-def why_no_block(layers: list[Layer]) -> str:
+def why_no_block(layers: list[FoundLayer]) -> str:
     """A sentence on modules that would be blocks if their layers ran in another order; or empty."""
     found = []
     for node in islice(_nodes(tree_of(layers)), _MOST_NODES):
@@ -203,14 +203,16 @@ def _nodes(node: Node) -> Iterator[Node]:
         yield from _nodes(child)
 
 
-def _is_regular(places: Mapping[str, Layer]) -> bool:
+def _is_regular(places: Mapping[str, FoundLayer]) -> bool:
     """Whether the main path's names differ in their numbers alone, and the projection's in more."""
     names = {place: without_numbers(one.name) for place, one in places.items()}
     shortcut = names.pop("shortcut.conv", None)
     return len(set(names.values())) == 1 and shortcut not in names.values()
 
 
-def _reading(convs: list[Layer], main: int, shortcut: Layer | None) -> dict[str, Layer] | None:
+def _reading(
+    convs: list[FoundLayer], main: int, shortcut: FoundLayer | None
+) -> dict[str, FoundLayer] | None:
     """The convolutions as a main path and a projection, if their shapes and sizes are right."""
     path = [one for one in convs if one is not shortcut]
     if len(path) != main or (shortcut is not None and shortcut.size not in (1, 3)):
@@ -235,8 +237,8 @@ def _reading(convs: list[Layer], main: int, shortcut: Layer | None) -> dict[str,
 
 
 def _with_norms(
-    places: Mapping[str, Layer], convs: list[Layer], norms: list[Layer]
-) -> tuple[dict[str, Layer], bool | None] | None:
+    places: Mapping[str, FoundLayer], convs: list[FoundLayer], norms: list[FoundLayer]
+) -> tuple[dict[str, FoundLayer], bool | None] | None:
     """The places with the norm of each convolution: its only sibling, else the one in the same
     place of the order in which they are defined; and :attr:`Block.norm_first`."""
     left, found = list(norms), dict(places)

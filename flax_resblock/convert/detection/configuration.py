@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from flax_resblock.config import EXPANSION, BlockConfig, ResNetConfig, Shortcut, SlotKind
 from flax_resblock.convert.detection.assumption_rules import GROUPS
-from flax_resblock.convert.detection.reader import Blocks, Reader, TensorInfos
+from flax_resblock.convert.detection.reader import Blocks, TensorInfos, TensorReader
 from flax_resblock.convert.naming import Naming
 
 _THIRD = ("conv3", "norm3")
@@ -44,7 +44,7 @@ def _depths(naming: Naming, found: TensorInfos) -> list[int]:
 def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     """The network that the names and shapes describe under ``naming``, None where they describe
     none. Single missing tensors are tolerated, so that the error can name them."""
-    reader = Reader(naming.laid_out(_depths(naming, found)), found)
+    reader = TensorReader(naming.laid_out(_depths(naming, found)), found)
     stages: list[range] = []
     for number in count(1):
         depth = next(block for block in count() if not reader.has_block(f"stage{number}", block))
@@ -121,7 +121,7 @@ def infer_network(naming: Naming, found: TensorInfos) -> ResNetConfig | None:
     return _made(ResNetConfig, told)
 
 
-def _layers(reader: Reader, places: Blocks, norm_first: bool) -> dict[str, Any]:
+def _layers(reader: TensorReader, places: Blocks, norm_first: bool) -> dict[str, Any]:
     """Options of every block that tensors tell: order, norms, biases and shortcuts."""
     kernels = (reader.shape(*place, "shortcut.conv", SlotKind.CONV) for place in places)
     return {
@@ -144,7 +144,7 @@ def _made(kind: type[_Config], found: Mapping[str, Any]) -> _Config | None:
 
 def infer_block(naming: Naming, found: TensorInfos, stride: int | None) -> BlockConfig | None:
     """The bare block that names and shapes describe; they do not show its stride."""
-    reader, here = Reader(naming, found), [("", None)]
+    reader, here = TensorReader(naming, found), [("", None)]
     kind = "bottleneck" if any(reader.has("", [None], role) for role in _THIRD) else "basic"
     last = 3 if kind == "bottleneck" else 2
     norm_first = bool(reader.norm_first(here, last, None))

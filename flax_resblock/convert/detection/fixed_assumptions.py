@@ -10,7 +10,7 @@ from flax_resblock.convert.detection.assumption_rules import blocks_of, has_stri
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedAssumption:
     """What is assumed of every network that is read from weights alone and that ``matters`` picks.
 
     Attributes:
@@ -36,7 +36,7 @@ class Fixed:
 OWN_MODULE = "if not, convert your own module with from_torch"
 
 FIXED = (
-    Fixed(
+    FixedAssumption(
         "every stage after the first halves the resolution, with the stride of its first block",
         ("dilated_stages",),
         network_where(
@@ -48,65 +48,65 @@ FIXED = (
         ),
         unless="it is dilated instead",
     ),
-    Fixed(
+    FixedAssumption(
         "every stage begins with a convolution, norm and activation, and every one but the first "
         "then with max pooling of 2x2 pixels",
         (),
         network_where(lambda config: config.transition == "pooled"),
     ),
-    Fixed(
+    FixedAssumption(
         "a basic block has its stride in its first convolution",
         (),
         network_where(lambda config: config.block == "basic" and has_strides(config)),
     ),
-    Fixed(
+    FixedAssumption(
         "the convolution of a shortcut has the stride of its block, and no pooling is beside it",
         (),
         lambda config: (
             config.shortcut == "projection" and any(one.projects for one in blocks_of(config))
         ),
     ),
-    Fixed(
+    FixedAssumption(
         "where a block has a stride, its shortcut averages 2x2 pixels in front of the convolution",
         (),
         lambda config: config.shortcut == "pooled",
     ),
-    Fixed(
+    FixedAssumption(
         "where a convolution or a max pooling has a stride, it pads alike on all sides",
         ("padding",),
         network_where(lambda config: config.padding == "symmetric"),
         unless="it pads as TensorFlow does",
     ),
-    Fixed(
+    FixedAssumption(
         "each convolution pads with zeros to keep the image's size and comes before its norm; the "
         "activation follows every norm but that of a shortcut and the last of a block",
         (),
         lambda config: not config.norm_first and not config.branch_activation,
     ),
-    Fixed(
+    FixedAssumption(
         "each convolution pads with zeros to keep the image's size and comes before its norm; the "
         "activation follows every norm but that of a shortcut",
         (),
         lambda config: not config.norm_first and config.branch_activation,
     ),
-    Fixed(
+    FixedAssumption(
         "each convolution pads with zeros to keep the image's size and follows its norm and the "
         "activation; the stem has neither of them, and nothing follows an addition in a block",
         (),
         lambda config: config.norm_first,
     ),
-    Fixed(
+    FixedAssumption(
         "each block adds its input to what it computes, both as they are; every block runs once, "
         "on what the one before it gives",
         ("shortcut",),
         lambda config: config.shortcut != "none",
         unless="nothing is added (none)",
     ),
-    Fixed(
+    FixedAssumption(
         "nothing follows the head", (), network_where(lambda config: config.num_classes is not None)
     ),
-    Fixed("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
-    Fixed("training drops no values", ("dropout",), lambda config: config.norm_first),
+    FixedAssumption("eps is 1e-5 and momentum 0.1 in every norm", ("eps",), lambda config: True),
+    FixedAssumption("training drops no values", ("dropout",), lambda config: config.norm_first),
 )
 """What is no choice of
 :data:`flax_resblock.convert.detection.assumption_rules.ASSUMPTION_RULES`."""

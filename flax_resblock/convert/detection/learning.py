@@ -15,7 +15,7 @@ from flax_resblock.convert.detection.assumptions import LEARNED
 from flax_resblock.convert.detection.blocks import (
     SAY,
     Block,
-    Layer,
+    FoundLayer,
     covered,
     numbered,
     tree_of,
@@ -59,7 +59,7 @@ class _UnclearError(Exception):
     """The layers have no reading, or several; the message is a sentence on it."""
 
 
-def _learned(layers: list[Layer], is_sorted: bool) -> Naming:
+def _learned(layers: list[FoundLayer], is_sorted: bool) -> Naming:
     rivals: list[str] = []
     blocks, rest = covered(tree_of(layers), rivals)
     if not blocks and not rivals:
@@ -158,7 +158,7 @@ def _is_sorted(found: TensorInfos) -> bool:
     return all(own == sorted(own) for own in names.values())
 
 
-def _layers(found: TensorInfos) -> list[Layer] | None:
+def _layers(found: TensorInfos) -> list[FoundLayer] | None:
     """Every module with tensors, in order; None where one is no layer of a residual network."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in found.items():
@@ -169,11 +169,11 @@ def _layers(found: TensorInfos) -> list[Layer] | None:
         weight = tensors.get("weight", ())
         own = set(tensors) - {"num_batches_tracked"}
         if len(weight) == 4 and own in ({"weight"}, {"weight", "bias"}):
-            layers.append(Layer(name, "conv", weight))
+            layers.append(FoundLayer(name, "conv", weight))
         elif len(weight) == 1 and own in (_NORM, {"weight", "bias"}):
-            layers.append(Layer(name, "norm", weight))
+            layers.append(FoundLayer(name, "norm", weight))
         elif len(weight) == 2 and own == {"weight", "bias"}:
-            layers.append(Layer(name, "linear", weight))
+            layers.append(FoundLayer(name, "linear", weight))
         else:
             return None
         if name.count(".") + name.count("_") > _DEEPEST:
@@ -202,12 +202,12 @@ def _order_of(blocks: list[Block], seen: str) -> tuple[bool, str]:
 
 
 def _outer_norms(
-    norms: list[Layer], ends: Mapping[str, Layer | Block], early: set[str], seen: str
-) -> dict[str, Layer]:
+    norms: list[FoundLayer], ends: Mapping[str, FoundLayer | Block], early: set[str], seen: str
+) -> dict[str, FoundLayer]:
     """The norms outside the blocks by their places, each behind what gives as many channels.
     ``ends`` are what they may follow, by their place, ``early`` those that are defined before the
     blocks."""
-    found: dict[str, Layer] = {}
+    found: dict[str, FoundLayer] = {}
     for one in norms:
         fitting = [place for place, end in ends.items() if one.shape == (end.out,)]
         if len(fitting) > 1 and (len(norms) > 1 or one.name not in early):
@@ -226,7 +226,7 @@ def _outer_norms(
     return found
 
 
-def _check_chain(stem: Layer, blocks: list[Block], seen: str) -> None:
+def _check_chain(stem: FoundLayer, blocks: list[Block], seen: str) -> None:
     """Raises _UnclearError unless each block takes what the one before it gives."""
     channels, before = stem.out, stem.name
     for block in blocks:

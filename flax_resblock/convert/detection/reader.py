@@ -21,7 +21,7 @@ _RATIOS = tuple(1 / n for n in (16, 8, 4, 2, 1, 32, 64))
 """Of squeeze-and-excitation, the usual ones first."""
 
 
-class Reader:
+class TensorReader:
     """Looks tensors up by place under one naming scheme."""
 
     def __init__(self, naming: Naming, found: TensorInfos) -> None:

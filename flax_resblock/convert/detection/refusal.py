@@ -22,7 +22,7 @@ of the smallest network."""
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckpointPart:
     """A part of a checkpoint that is a network: its prefix with the dot, and the other tensors."""
 
     prefix: str
@@ -75,11 +75,11 @@ _OTHER_PROGRAMS = {
 """What networks of JAX programs are that have no row in the naming schemes, by a module of each."""
 
 
-def _parts_of(found: Mapping[str, TensorInfo]) -> list[Part]:
+def _parts_of(found: Mapping[str, TensorInfo]) -> list[CheckpointPart]:
     """Every part of a checkpoint, with a prefix of its own, that is a whole network."""
     if len(found) > _MOST_TENSORS:
         return []
-    parts: list[Part] = []
+    parts: list[CheckpointPart] = []
     for prefix in _places(found):
         if any(prefix.startswith(part.prefix) for part in parts):
             continue
@@ -87,7 +87,7 @@ def _parts_of(found: Mapping[str, TensorInfo]) -> list[Part]:
         match = _network(own)
         if match is not None:
             beside = tuple(key for key in found if not key.startswith(prefix))
-            parts.append(Part(prefix, match, beside))
+            parts.append(CheckpointPart(prefix, match, beside))
     return parts
 
 
