@@ -304,14 +304,6 @@ class Volume(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (
-            OtherwiseInTraining,
-            r"module 0 does something else at .*test_port.py:\d+ \(return \(x",
-        ),
-        (
-            ModeUnderAnotherName,
-            r"module 0 does something else at .*\(return \(self.conv\(x\) \*",
-        ),
         (RandomBranch, r"draws random numbers of its own at .*test_port.py:\d+ \(.*\(aten\."),
         (Recurrent, "LSTM.*recurrent layers are not supported"),
         (Volume, "Conv3d.*three spatial axes are not supported"),

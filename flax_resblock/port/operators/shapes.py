@@ -178,8 +178,10 @@ def _split(b: Values, node: Any, x: Any, size: Any, dim: int = 0) -> Value:
     if all(same_size(one, lengths[0]) for one in lengths):
         return pieces(b, node, value, dim, f"jnp.split({{}}, {len(lengths)}, axis={axis})", ())
     text = f"jnp.split({{}}, {{}}, axis={axis})"
-    ends = list(accumulate(lengths[:-1], added))
-    return pieces(b, node, value, dim, text, (Constant(tuple(ends), "ends"),))
+    ends: Sequence[Any] = list(accumulate(lengths[:-1], added))
+    if not any(map(follows, ends)):
+        ends = tuple(ends)  # it may be a default, which no list is
+    return pieces(b, node, value, dim, text, (Constant(ends, "ends"),))
 
 
 @rule("unbind")
