@@ -143,3 +143,20 @@ def test_an_endless_message_of_zipfile_is_cut(tmp_path):
     with pytest.raises(InputError, match=r"not an \.npz archive") as error:
         read_npz(tmp_path / "data.npz")
     assert len(str(error.value)) < 800
+
+
+def test_an_array_that_declares_more_than_the_memory_is_damage(tmp_path):
+    """numpy raises a MemoryError for it, which is not passed on."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones(3, np.float32))
+    short, long = b"'shape': (3,), }          ", b"'shape': (9000000000,), } "
+    assert short in buffer.getvalue()
+    large = buffer.getvalue().replace(short, long)
+    for name, data in (("whole", buffer.getvalue()), ("large", large)):
+        with zipfile.ZipFile(tmp_path / f"{name}.npz", "w") as archive:
+            archive.writestr("labels.npy", data)
+    assert set(read_npz(tmp_path / "whole.npz")) == {"labels"}
+    with pytest.raises(InputError, match=r"large\.npz is not an \.npz archive"):
+        read_npz(tmp_path / "large.npz")
+    with pytest.raises(CheckpointError, match=r"large\.npz"):
+        checkpoint.read(tmp_path / "large.npz")
