@@ -3,6 +3,7 @@ is detached here. And parts under ``torch.autocast(enabled=False)``, which chang
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def _is_own(frame: Any) -> bool:
     code = frame.f_code
     if code.co_name == "decorate_context":
         code = getattr(frame.f_locals.get("func"), "__code__", code)
-    return not code.co_filename.startswith(str(Path(torch.__file__).parent))
+    return not code.co_filename.startswith(f"{Path(torch.__file__).parent}{os.sep}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,7 +184,7 @@ def where(node: Any) -> str:
 
 
 def _is_own(line: str) -> bool:
-    return not any(str(Path(file).parent) in line for file in (torch.__file__, __file__))
+    return not any(f"{Path(file).parent}{os.sep}" in line for file in (torch.__file__, __file__))
 
 
 def _why_not(module: torch.nn.Module, error: Exception) -> str:
