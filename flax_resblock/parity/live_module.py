@@ -20,7 +20,7 @@ from flax_resblock.config import Path as ModelPath
 from flax_resblock.convert.detection.assumption_rules import ASSUMPTION_RULES
 from flax_resblock.convert.detection.assumptions import KNOWN
 from flax_resblock.convert.metadata import EPS
-from flax_resblock.convert.modules import module_facts
+from flax_resblock.convert.modules import ModuleFacts, module_facts
 from flax_resblock.convert.opening import OpenedCheckpoint, ReadOptions, ignored, interpret, without
 from flax_resblock.convert.state_map import StateMap
 from flax_resblock.errors import CheckpointError, InputError, some
@@ -85,7 +85,7 @@ def open_module(
     except Exception:
         known = reading.architecture is not None or said.keys() & (_UNSEEN - _POOLED)
         options = (_POOLED if known else _UNSEEN) - said.keys()
-        told = _equal_reading(module, opened, {**facts.norm_options, EPS: eps}, sizes, options)
+        told = _equal_reading(module, opened, facts, eps, sizes, options)
         if told is not None:
             told = {**said, **told}
             return open_module(module, replace(asked, assumptions=told), sizes=sizes, wide=wide)
@@ -104,7 +104,8 @@ def open_module(
 def _equal_reading(
     module: torch.nn.Module,
     opened: OpenedCheckpoint,
-    norm_options: Mapping[str, Any],
+    facts: ModuleFacts,
+    eps: float,
     sizes: Sequence[Size],
     options: Set[str],
 ) -> dict[str, Any] | None:
@@ -113,9 +114,11 @@ def _equal_reading(
 
     Args:
       opened: What its state dict was read as, which computes something else.
-      norm_options: ``eps`` and ``momentum`` of its norms.
+      facts: What its layers declare.
+      eps: Of its norms.
       sizes: Of the images, in the order in which they are tried.
     """
+    norm_options = {**facts.norm_options, EPS: eps}
     generator, channels = torch.Generator().manual_seed(0), opened.config.in_channels
     with global_state_kept(), runnable(inner(module)) as copied:
         for size in by_use(opened.config, sizes):
@@ -132,6 +135,9 @@ def _equal_reading(
                 state_map = StateMap(replace(opened.config, **told), opened.state_map.naming)
                 if len(state_map.entries) != len(opened.state_map.entries):
                     continue  # another number of tensors
+                if "stem_pool" in told:  # under which its layers may declare something else
+                    config = replace(state_map.config, **facts.told(state_map))
+                    state_map = StateMap(config, state_map.naming)
                 again = replace(opened, state_map=state_map)
                 pair = replace(ReferencePair.of(again), norm_options=norm_options)
                 found = pair.torch(PRECISIONS["float32"]).eval()(images)
