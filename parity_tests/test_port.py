@@ -482,7 +482,7 @@ def test_sizes_that_follow_from_the_images_do_not_bind_the_network(monkeypatch):
     fixed = flax_resblock.port(Sizes(15), image_size=(32, 32))
     assert fixed.notes == ()
     assert "nn.max_pool(relu, 15)" in fixed.source
-    monkeypatch.setattr(porting.Conditions, "following", lambda *_: ((), set()))
+    monkeypatch.setattr(porting.Conditions, "following", lambda *_: ((), set(), set()))
     assert "images of 64x64 only" in str(flax_resblock.port(Sizes()).notes)
 
 
