@@ -28,6 +28,7 @@ class Small(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.fc = nn.Linear(4, 2)
         self.calls, self.rng, self.begun = 0, np.random.default_rng(0), False
+        self.same, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.offset = nn.Parameter(torch.zeros(4, 1, 1))
 
     def forward(self, x):
@@ -57,6 +58,12 @@ class ByClampedBatch(Small):
         return x / min(len(x), 20)
 
 
+class ByBranch(Small):
+    def then(self, x):
+        part = self.other if len(x) > 8 else self.same
+        return part(x)
+
+
 class ByBatchInTraining(Small):
     def then(self, x):
         return x * 2 if self.training and x.shape[0] > 100 else x
@@ -69,6 +76,7 @@ class ByBatchInTraining(Small):
         (ByOneImage, "1 image", "tanh"),
         (ByMultiples, "4 images", "chunk"),
         (ByClampedBatch, "32 images", "div"),
+        (ByBranch, "9 images", "conv2d"),
         (ByBatchInTraining, "128 images", "mul"),
     ],
 )
@@ -103,6 +111,24 @@ class UpTo(Small):
         return x
 
 
+class OtherMode(Small):
+    def then(self, x):
+        return nn.functional.interpolate(x, None, 2, "nearest" if len(x[0, 0]) > 99 else "bicubic")
+
+
+class OtherOrder(Small):
+    def then(self, x):
+        first, second = (x, self.same(x))[:: 1 if x.shape[3] > 30 else -1]
+        return first - second.relu()
+
+
+class OtherResult(Small):
+    def forward(self, x):
+        x = self.conv(x)
+        kept = self.fc(x.mean((2, 3))), self.fc(self.same(x).mean((2, 3)))
+        return kept[x.shape[2] < 10]
+
+
 class Sizes(Small):
     """Numbers that follow from the size in ways that a port knows."""
 
@@ -116,11 +142,15 @@ class Sizes(Small):
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [(AboveSize, "224x224"), (BelowSize, "16x20"), (ClampedSize, "224x224"), (UpTo, "96x128")],
+    [
+        *((AboveSize, "224x224"), (BelowSize, "16x20"), (ClampedSize, "224x224")),
+        *((UpTo, "96x128"), (OtherMode, "127x66"), (OtherOrder, "16x20"), (OtherResult, "8x11")),
+    ],
 )
 def test_code_that_depends_on_the_size_binds_the_port_to_it(kind, size):
     why = Conditions(kind().eval(), SHAPES).bound_to_size(COMPARED)
-    assert why.startswith(f"at {size} its code does something else at {__file__}"), why
+    at = "in what it returns" if kind is OtherResult else f"at {__file__}"
+    assert why.startswith(f"at {size} its code does something else {at}"), why
     assert Conditions(Sizes().eval(), SHAPES).bound_to_size(COMPARED) == ""
 
 

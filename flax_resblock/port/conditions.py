@@ -29,6 +29,7 @@ BATCHES = (1, 3, 4, 9, 32, 64, 128, 1000)
 SIZES = (
     *((16, 20), (28, 28), (32, 32), (33, 47), (48, 40), (96, 128), (127, 66), (224, 224)),
     *((256, 256), (299, 299), (384, 226), (512, 512), (1024, 1333)),
+    *((8, 11), (3, 2)),
 )
 """Of images; on both sides of every size that a condition is likely to name, with many remainders.
 """
@@ -65,12 +66,12 @@ class Conditions:
                 copied = copy.deepcopy(self._copied)
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     inputs = [torch.empty(batch, *shape) for shape in shapes]
-                    with _ShapesOfNorms(), Calls() as calls:
-                        copied(*inputs)
+                    with _ShapesOfNorms(), Calls(copied) as calls:
+                        calls.returned(copied(*inputs))
             else:
                 inputs = [torch.empty(batch, *shape, device="meta") for shape in shapes]
-                with _ShapesOfNorms(), Calls() as calls:
-                    self._copied(*inputs)
+                with _ShapesOfNorms(), Calls(self._copied) as calls:
+                    calls.returned(self._copied(*inputs))
         except Exception:  # whatever the user's code raises
             return None
         return calls.found
@@ -87,8 +88,8 @@ class Conditions:
         try:
             with mode, enable_python_dispatcher(), Windows():
                 sizes = [_expression(size) for one in inputs for size in one.shape]
-                with Calls() as calls:
-                    copied(*inputs)
+                with Calls(copied) as calls:
+                    calls.returned(copied(*inputs))
         except Exception:  # of code that needs numbers
             return [], []
         if _otherwise(self.calls or [], calls.found):
@@ -132,9 +133,9 @@ class Conditions:
                 shown = "1 image" if batch == 1 else f"{batch} images"
                 raise InputError(
                     f"{self.name} cannot be ported: in {self.mode} mode its code "
-                    f"does something else with a batch of {shown} than with 2, at {other.place} "
-                    f"({other.name}). A port does the same for every batch: decide by attributes, "
-                    f"or by the sizes of the images."
+                    f"does something else with a batch of {shown} than with 2, {other.at}. A port "
+                    f"does the same for every batch: decide by attributes, or by the sizes of the "
+                    f"images."
                 )
         return note
 
@@ -182,8 +183,7 @@ class Conditions:
             if found is None:
                 continue
             shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
-            at = f" at {found.place}" if found.place else ""
-            why = f"at {shown} its code does something else{at} ({found.name})"
+            why = f"at {shown} its code does something else {found.at}"
             expected = [] if path else self._expected(shapes)
             if not expected or _unexplained(*of_all, expected):
                 return why
