@@ -213,6 +213,22 @@ def test_code_that_remembers_or_never_ends_is_refused(kind, words):
             accepted(module, [(16, 16)])
 
 
+class Skip(Small):
+    """A skip connection that is resized where the image has an odd size."""
+
+    most = 10**6
+
+    def then(self, x):
+        y = nn.functional.interpolate(nn.functional.max_pool2d(x, 2), scale_factor=2.0)
+        if y.shape[2:] != x.shape[2:]:
+            y = nn.functional.interpolate(y, x.shape[2:])
+        return x * y * (2 if x.shape[2] > self.most else 1)
+
+
+class SkipAboveSize(Skip):
+    most = 200
+
+
 class Squeezing(AboveSize):
     def forward(self, x):
         x = self.then(self.conv(x))
@@ -242,3 +258,14 @@ def test_a_port_says_what_it_is_bound_to_and_refuses_what_it_cannot_do():
         found.create()(jnp.ones((1, 80, 80, 3)))
     with pytest.raises(InputError, match=r"its train\(\) leaves bn in evaluation mode"):
         flax_resblock.port(FrozenNorm())
+
+
+def test_another_path_at_sizes_at_which_the_port_raises_hides_no_third_one():
+    found = flax_resblock.port(Skip(), image_size=(16, 16))
+    assert "the written code raises TypeError at" in found.notes[-1], found.notes
+    model = found.create()
+    model(jnp.ones((1, 20, 24, 3)))
+    with pytest.raises(TypeError):
+        model(jnp.ones((1, 20, 25, 3)))
+    bound = flax_resblock.port(SkipAboveSize(), image_size=(16, 16))
+    assert "images of 16x16 only: at 224x224 its code does" in bound.notes[-1], bound.notes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -47,13 +47,14 @@ class Conditions:
     Attributes:
       computed: Why :meth:`bound_to_size` would have bound the module to its size, had the numbers
         in its code not been what a trace with images of any size has in their place.
+      raising: Whether it does something else at sizes at which what is written raises.
     """
 
     def __init__(self, module: torch.nn.Module, shapes: Shapes) -> None:
         self.name, self.shapes = type(module).__name__, shapes
         self.mode = "training" if module.training else "evaluation"
         self._copied = copy.deepcopy(module).to("meta")
-        self.fake, self.computed = False, ""
+        self.fake, self.computed, self.raising = False, "", False
         self.calls = self._run(2, shapes)
         if self.calls is None:  # it holds or makes tensors with numbers
             self._copied, self.fake = copy.deepcopy(module), True
@@ -140,18 +141,18 @@ class Conditions:
         return note
 
     def _at_other(self, compared: Sequence[Shapes]) -> tuple[list[Call] | None, Shapes]:
-        """The calls at the first of these shapes that the module takes, and these; None if it takes
-        none, or does something else there."""
-        runs = ((self._run(2, shapes), shapes) for shapes in compared)
-        other, shapes = next((pair for pair in runs if pair[0]), (None, ()))
-        if self.calls is None or other is None or _otherwise(self.calls, other):
-            return None, ()
-        return other, shapes
+        """The calls at the first of these shapes at which the module does the same, and these; None
+        if there is none."""
+        for shapes in compared:
+            other = self._run(2, shapes)
+            if other and self.calls and not _otherwise(self.calls, other):
+                return other, shapes
+        return None, ()
 
     def following(self, compared: Sequence[Shapes]) -> tuple[Shapes, set[float], set[str]]:
-        """The first of these shapes that the module takes, if it does the same there; which numbers
-        and sizes in its calls are other ones there, and the names of calls whose numbers are not;
-        nothing if there are none."""
+        """The first of these shapes at which the module does the same; which numbers and sizes in
+        its calls are other ones there, and the names of calls whose numbers are not; nothing if
+        there are none."""
         other, shapes = self._at_other(compared)
         pairs = list(zip(self.calls or (), other or (), strict=False))
         found = {
@@ -163,12 +164,16 @@ class Conditions:
         moving = {one.name for one, two in pairs if one.numbers != two.numbers}
         return shapes, found, {one.name for one, _ in pairs} - moving
 
-    def bound_to_size(self, compared: Sequence[Shapes]) -> str:
+    def bound_to_size(
+        self, compared: Sequence[Shapes], raises: Callable[[Shapes], bool] | None = None
+    ) -> str:
         """Why the code of the module is another one at other sizes of its inputs, but neither at
         its own nor at those that are compared anyway; empty if it is not.
 
         Args:
           compared: Shapes at which its results are compared; the first that it takes counts.
+          raises: Whether what is written raises with inputs of these shapes, so that it is not
+            wrong where the module does something else.
         """
         other, at_other = self._at_other(compared)
         if self.calls is None or other is None:
@@ -181,6 +186,9 @@ class Conditions:
             path = _otherwise(self.calls, calls)
             found = path or _unexplained(*of_all)
             if found is None:
+                continue
+            if path and raises is not None and raises(shapes):
+                self.raising = True
                 continue
             shown = " and ".join("x".join(map(str, one[1:])) for one in shapes if one[1:])
             why = f"at {shown} its code does something else {found.at}"

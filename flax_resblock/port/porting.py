@@ -7,10 +7,13 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import torch
+from flax import nnx
 
 from flax_resblock.checkpoint.torch_file import state_to_numpy
 from flax_resblock.errors import InputError, raised, some
@@ -178,23 +181,25 @@ def _ported(
         made = PortedNetwork(
             source_of(classes, title), classes[-1].name, table, table.to_flax(state), unused,
             origin, size, channels, slots, inputs,
-            notes=(*_notes(parameters, unused), *([by_batch] if by_batch else [])),
+            notes=_notes(parameters, unused),
         )  # fmt: skip
         return made, classes
 
     reader, in_both_modes = read(shapes, False)
     compared = [grown(shapes, more) for more in larger_by(size)]
-    bound, by_batch, computed = "", "", ""
-    other, following, steady = (), set(), set()
-    for part in [module, *([copy.deepcopy(module).train()] if in_both_modes else [])]:
-        conditions = Conditions(part, shapes)
-        by_batch = conditions.refuse_by_batch() or by_batch
-        bound = bound or conditions.bound_to_size(compared)
-        computed = computed or conditions.computed
-        other, following, steady = conditions.following(compared)
     title = f"{in_docstring(origin)} in Flax, with channels last. Written by flax-resblock port."
-    options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
+    parts = [module, *([copy.deepcopy(module).train()] if in_both_modes else [])]
+    all_conditions = [Conditions(part, shapes) for part in parts]
+    by_batch = [one.refuse_by_batch() for one in all_conditions]
     plain, classes = write(reader)
+    plain = replace(plain, notes=(*plain.notes, *sorted({*by_batch} - {""})))
+    bound, computed, raising = "", "", False
+    other, following, steady = (), set(), set()
+    for conditions in all_conditions:
+        bound = bound or conditions.bound_to_size(compared, partial(_raises, plain))
+        computed, raising = computed or conditions.computed, raising or conditions.raising
+        other, following, steady = conditions.following(compared)
+    options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
 
     def for_any_size() -> PortedNetwork | None:
         try:
@@ -203,18 +208,19 @@ def _ported(
             proof = _proved(module, made, reader.traced, free)
         except Exception:  # what cannot be written for any size may be right for one
             return None
-        made = replace(made, figures=proof.figures, notes=(*made.notes, *proof.notes))
+        made = replace(made, figures=proof.figures, notes=(*plain.notes, *proof.notes))
         return None if proof.fixed_size else made
 
     seen = bool(computed or following & reader.numbers(steady))
-    made = for_any_size() if seen and not bound else None
+    one_path = not bound and not raising
+    made = for_any_size() if seen and one_path else None
     if made is not None:
         return made
     proof = _proved(module, plain, reader.traced, options)
     made = replace(plain, figures=proof.figures, notes=(*plain.notes, *proof.notes))
     if not proof.fixed_size:
         return made
-    free = for_any_size() if following and not seen and not bound else None
+    free = for_any_size() if following and not seen and one_path else None
     if free is not None:
         return free
     sizes = [shape[1:] for shape in shapes]
@@ -222,6 +228,16 @@ def _ported(
     shown = " and ".join("x".join(map(str, one)) for one in sizes if one)
     why = f"{'inputs' if inputs else 'images'} of {shown} only: {proof.fixed_size}"
     return replace(made, source=source, notes=(*made.notes, why))
+
+
+def _raises(ported: PortedNetwork, shapes: Shapes) -> bool:
+    """Whether a network raises with inputs of these shapes."""
+    inputs = [jax.ShapeDtypeStruct((2, *one[1:], one[0]), np.float32) for one in shapes]
+    try:
+        nnx.eval_shape(lambda model, *images: model(*images), ported.create(), *inputs)
+    except Exception:  # of jax: shapes that do not fit
+        return True
+    return False
 
 
 def _notes(parameters: Mapping[str, Parameter], unused: Mapping[str, Any]) -> tuple[str, ...]:
