@@ -95,7 +95,9 @@ class Calls(Bounded):
         super().__init__()
         self.found: list[Call] = []
         named = tensors_held(module) if module is not None else {}
-        self._sources = {id(tensor): (name, tensor) for name, tensor in named.items()}
+        self._sources: dict[int, tuple[Any, Any]] = {
+            id(tensor): (name, tensor) for name, tensor in named.items()
+        }
         self._follows = module is not None
         self.drawn = ""
         self._random = _random_state() if draws else None
