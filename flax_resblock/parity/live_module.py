@@ -136,7 +136,7 @@ def _equal_reading(
                 if len(state_map.entries) != len(opened.state_map.entries):
                     continue  # another number of tensors
                 if "stem_pool" in told:  # under which its layers may declare something else
-                    config = replace(state_map.config, **facts.told(state_map))
+                    config = replace(state_map.config, **{**facts.told(state_map), **told})
                     state_map = StateMap(config, state_map.naming)
                 again = replace(opened, state_map=state_map)
                 pair = replace(ReferencePair.of(again), norm_options=norm_options)
