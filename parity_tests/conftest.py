@@ -31,8 +31,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import signal
 
+import hypothesis
 import pytest
 import torch
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 _ON_ACCELERATOR = os.environ.get("FLAX_RESBLOCK_ACCELERATOR", "0") not in ("", "0")
 

@@ -72,7 +72,7 @@ def first(stream: Stream, count: int, step: int = 0) -> list:
 # Images: evaluation, crops, mixing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
@@ -190,7 +190,6 @@ class Fed:
         return torch.tensor(int(number * high))
 
 
-@settings(deadline=None)
 @example(3, 400, 1.0, 0.0, 0)  # no window of the whole area fits
 @example(400, 3, 1.0, 0.0, 0)
 @given(
@@ -298,7 +297,7 @@ def test_without_augmentation_the_stream_is_the_epochs_one_after_the_other():
     assert all(same(a, b) for a, b in zip(first(stream, 9), epochs, strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(0, 11),
     st.sampled_from([None, EVERYTHING, Augmentation(random_resized_crop=(0.3, 1.0), size=5)]),
@@ -516,7 +515,7 @@ def test_a_negative_step_is_refused_at_once():
         Stream(made(), 8, seed=0).from_step(-1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
 def test_evaluation_takes_every_image_once_over_all_shards(count, rows, shards):
     data = made(count)

@@ -25,7 +25,7 @@ def arrays_and_axes(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(arrays_and_axes())
 def test_permute_is_numpys_transpose_bit_for_bit(case):
     array, axes = case
@@ -35,7 +35,7 @@ def test_permute_is_numpys_transpose_bit_for_bit(case):
     assert permute(moved, np.argsort(axes)).tobytes() == array.tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.tuples(*[st.sampled_from([0, 1, 5, 64, 65])] * 2, *[st.sampled_from([0, 1, 2, 7])] * 2),
     st.integers(0, 99),

@@ -245,7 +245,7 @@ def test_a_pickle_that_is_no_plain_data_is_refused_and_not_run(tmp_path, what):
         assert canary.exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 300), st.integers(0, 255), st.booleans())
 def test_a_damaged_pickle_is_read_or_refused_and_nothing_else(position, byte, cut):
     data = bytearray(
@@ -371,7 +371,7 @@ def test_damaged_images_are_left_out_and_counted_or_refused(tmp_path):
         open_data(tmp_path, strict=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.sampled_from(["JPEG", "PNG"]), st.booleans())
 def test_the_quick_check_finds_exactly_what_decoding_finds(
     tmp_path_factory, position, byte, kind, cut

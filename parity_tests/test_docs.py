@@ -120,7 +120,7 @@ def test_the_page_of_networks_shows_what_was_measured():
 
     # PyTorch's own rounding moves the tensors of these by more
     beyond = {name for name, row in rows.items() if largest(row[2:6]) > 1e-12}
-    assert beyond <= {"inception_v3", "inception_v4", "mobileone_s0"}
+    assert beyond <= {"inception_v3", "inception_v4", "mobileone_s0", "resnet101"}
     assert largest([one for row in rows.values() for one in row[2:]]) <= 1e-10
 
 

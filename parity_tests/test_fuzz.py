@@ -66,7 +66,7 @@ def test_the_fuzzer_sees(found, tmp_path):
     assert len(kept) == len(found.keys() - {"nothing"})
 
 
-@settings(max_examples=2 * len(MUTATIONS), deadline=None)
+@settings(max_examples=2 * len(MUTATIONS))
 @given(category=st.sampled_from(list(MUTATIONS)), seed=st.integers(0, 2**32))
 def test_a_mutation_is_repeatable(category, seed):
     files = samples()[category]

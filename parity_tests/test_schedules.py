@@ -308,7 +308,7 @@ SEQUENCE = st.lists(SINGLE, min_size=2, max_size=3).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(
     make=partial(PolynomialLR, total_iters=0)
 )  # which does nothing in torch, alone, and fails there after another
