@@ -128,16 +128,12 @@ def port(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Within it PyTorch leaves half of the cores to XLA, which compiles: threads of PyTorch that
-    wait for a core keep those busy that they have. Python looks for cycles less often, which is a
-    tenth of all work else."""
-    threads, thresholds = torch.get_num_threads(), gc.get_threshold()
-    torch.set_num_threads(max(1, threads // 2))
+    """Within it Python looks for cycles less often, which is a tenth of all work else."""
+    thresholds = gc.get_threshold()
     gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         gc.set_threshold(*thresholds)
 
 
