@@ -190,6 +190,16 @@ def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return max(relative_l2(ours[key], value) for key, value in theirs.items())
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
+    """From here on, networks are ported with one piece of their source in place of another."""
+    from flax_resblock.port import porting
+
+    genuine = porting.source_of
+    monkeypatch.setattr(
+        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace(right, wrong)
+    )
+
+
 def flip(path: Path | str, bit: int) -> None:
     """Changes one bit of a file; a negative number counts from its end."""
     content = bytearray(Path(path).read_bytes())

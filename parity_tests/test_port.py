@@ -34,8 +34,7 @@ from flax_resblock.parity.certificate import recheck
 from flax_resblock.port import porting, proof
 from flax_resblock.port.network import executed, filled
 from flax_resblock.port.random_layers import stochastic_depth
-from flax_resblock.port.source import source_of
-from parity_tests.support import REPOSITORY, import_torchvision, python
+from parity_tests.support import REPOSITORY, import_torchvision, python, spoil
 from parity_tests.wide_resnet import WideResNet
 
 CODE = '''
@@ -230,10 +229,7 @@ class LogarithmicGain(nn.Module):
 
 def test_weights_that_hide_everything_are_not_compared_with(monkeypatch):
     assert flax_resblock.port(LogarithmicGain()).figures["float64 training gradients"]
-    genuine = porting.source_of
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("jnp.log(", "jnp.log1p(")
-    )
+    spoil(monkeypatch, "jnp.log(", "jnp.log1p(")
     with pytest.raises(InputError, match="in evaluation mode the output differs"):
         flax_resblock.port(LogarithmicGain())
 
@@ -410,12 +406,7 @@ def test_an_auxiliary_head_is_compared_in_training_mode_and_its_module_stays_as_
     model.train()
     assert [one.shape for one in model(images)] == [(2, 3), (2, 3)]
 
-    genuine = porting.source_of
-    monkeypatch.setattr(
-        porting,
-        "source_of",
-        lambda *a, **k: genuine(*a, **k).replace("self.aux(x)", "self.aux(-x)"),
-    )
+    spoil(monkeypatch, "self.aux(x)", "self.aux(-x)")
     with pytest.raises(InputError, match="in training mode the output differs"):
         flax_resblock.port(Supervised())
 
@@ -610,9 +601,7 @@ def test_where_pytorch_itself_is_uncertain_its_uncertainty_is_the_limit(monkeypa
     assert "differ by more than the usual limit" in str(found.notes)
     errors = [of["error"] for name, of in found.figures.items() if name.startswith("float64")]
     assert max(errors) > 1e-12
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: source_of(*a, **k).replace("300000.0", "300000.01")
-    )
+    spoil(monkeypatch, "300000.0", "300000.01")
     with pytest.raises(InputError, match=r"differs? by"):
         flax_resblock.port(Amplifying())
 

@@ -20,6 +20,7 @@ from flax_resblock.port.layer import Rate
 from flax_resblock.port.operator_results import Rounded
 from flax_resblock.port.program import Program
 from flax_resblock.port.proof import Proof
+from parity_tests.support import spoil
 
 
 class Habits(nn.Module):
@@ -53,10 +54,7 @@ class Habits(nn.Module):
 def test_writes_into_slices_and_coordinates_are_ported(monkeypatch):
     ported = flax_resblock.port(Habits(), image_size=(9, 10))
     assert "[..., :2].set(" in ported.source
-    genuine = porting.source_of
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace(".set(", ".mul(")
-    )
+    spoil(monkeypatch, ".set(", ".mul(")
     with pytest.raises(InputError, match="differs by"):
         flax_resblock.port(Habits(), image_size=(9, 10))
 
@@ -157,11 +155,7 @@ def test_rounding_between_layers_counts_as_rounding(monkeypatch):
     ported = flax_resblock.port(Modulated(), example_inputs=inputs)
     assert ported.figures["float64 training gradients"]["error"] > 1e-12
     assert "4 times what PyTorch's own move by" in " ".join(ported.notes)
-    genuine = porting.source_of
-    wrong = "affine=True, eps=1.00001e-5"
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("affine=True", wrong)
-    )
+    spoil(monkeypatch, "affine=True", "affine=True, eps=1.00001e-5")
     with pytest.raises(InputError, match=r"differs? by"):
         flax_resblock.port(Modulated(), example_inputs=inputs)
 
@@ -185,10 +179,7 @@ def test_celu_in_place_has_a_derivative_of_its_own(monkeypatch):
     assert "partial(nn.celu, alpha=0.3, inplace=True)" in ported.source
     assert "meta.0.weight" in ported.to_torch(ported.create())
     assert "float64 training gradients" in ported.figures
-    genuine = porting.source_of
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace(", inplace=True", "")
-    )
+    spoil(monkeypatch, ", inplace=True", "")
     with pytest.raises(InputError, match=r"gradients of meta\.0\.weight differ by"):
         flax_resblock.port(Customs(), image_size=(8, 9))
 
@@ -310,10 +301,7 @@ def test_code_may_do_something_else_in_training_mode(monkeypatch):
     assert [one.shape for one in model(images).values()] == [(2, 70), (2,)]
     assert not model.neck.mean[...].any()  # PyTorch does not call it in training mode
 
-    genuine = porting.source_of
-    monkeypatch.setattr(
-        porting, "source_of", lambda *a, **k: genuine(*a, **k).replace("x * 2", "x * 2.001")
-    )
+    spoil(monkeypatch, "x * 2", "x * 2.001")
     with pytest.raises(InputError, match="in training mode the output differs"):
         flax_resblock.port(Embeds(), image_size=(9, 10))
 
