@@ -7,7 +7,7 @@ of a zero added to it."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +51,21 @@ class Trace:
 
 
 @contextmanager
+def calls_replaced(
+    classes: Iterable[type], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block, ``wrap`` of their own ``__call__`` is that of the classes."""
+    originals = {cls: vars(cls)["__call__"] for cls in classes}
+    for cls, original in originals.items():
+        setattr(cls, "__call__", wrap(original))  # noqa: B010
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            setattr(cls, "__call__", original)  # noqa: B010
+
+
+@contextmanager
 def hooked(
     model: nnx.Module, on_input: Callable[[Path, Any], Any], on_output: Callable[[Path, Any], Any]
 ) -> Iterator[None]:
@@ -62,7 +77,6 @@ def hooked(
         for _, m in nnx.iter_modules(model)
         if callable(m)
     }
-    originals = {cls: cls.__dict__["__call__"] for cls in defining}
     running: set[int] = set()
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,13 +94,8 @@ def hooked(
 
         return call
 
-    for cls, original in originals.items():
-        setattr(cls, "__call__", wrap(original))  # noqa: B010
-    try:
+    with calls_replaced(defining, wrap):
         yield
-    finally:
-        for cls, original in originals.items():
-            setattr(cls, "__call__", original)  # noqa: B010
 
 
 def trace_flax(

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flax_resblock.port.frozen import PYTORCH
 from flax_resblock.port.graphs import leaves
 from flax_resblock.port.modules import tensors_held
 
 MOST_CALLS = 30_000
 """Of PyTorch in one forward pass, after which it is taken to be one that never ends."""
 
-_OF_PACKAGES = tuple(
-    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
-)
+_OF_PACKAGES = PYTORCH, f"{Path(__file__).parents[1]}{os.sep}"
 
 
 class EndlessError(Exception):

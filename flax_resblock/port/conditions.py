@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -54,13 +54,14 @@ class Conditions:
         self.name, self.shapes = type(module).__name__, shapes
         self.mode = "training" if module.training else "evaluation"
         self._copied = copy.deepcopy(module).to("meta")
+        self._run = cache(self._listed)
         self.fake, self.computed, self.raising = False, "", False
         self.calls = self._run(2, shapes)
         if self.calls is None:  # it holds or makes tensors with numbers
-            self._copied, self.fake = copy.deepcopy(module), True
+            self._copied, self.fake, self._run = copy.deepcopy(module), True, cache(self._listed)
             self.calls = self._run(2, shapes)
 
-    def _run(self, batch: int, shapes: Shapes) -> list[Call] | None:
+    def _listed(self, batch: int, shapes: Shapes) -> list[Call] | None:
         """The calls; None where the module raises."""
         try:
             if self.fake:

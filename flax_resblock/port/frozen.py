@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.fx.traceback import annotate, preserve_node_meta
 
+PYTORCH = f"{Path(torch.__file__).parent}{os.sep}"
+"""How the paths of PyTorch's own files begin."""
 _MARK = "flax_resblock_without_gradients"
 
 
@@ -62,7 +64,7 @@ def _is_own(frame: Any) -> bool:
     code = frame.f_code
     if code.co_name == "decorate_context":
         code = getattr(frame.f_locals.get("func"), "__code__", code)
-    return not code.co_filename.startswith(f"{Path(torch.__file__).parent}{os.sep}")
+    return not code.co_filename.startswith(PYTORCH)
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -189,12 +189,12 @@ def _ported(
     by_batch = [one.refuse_by_batch() for one in all_conditions]
     plain, classes = write(reader)
     plain = replace(plain, notes=(*plain.notes, *sorted({*by_batch} - {""})))
+    raises = partial(_raises, cache(plain.create))
     bound, computed, raising = "", "", False
-    other, following, steady = (), set(), set()
     for conditions in all_conditions:
-        bound = bound or conditions.bound_to_size(compared, partial(_raises, plain))
+        bound = bound or conditions.bound_to_size(compared, raises)
         computed, raising = computed or conditions.computed, raising or conditions.raising
-        other, following, steady = conditions.following(compared)
+    other, following, steady = all_conditions[-1].following(compared)
     options: dict[str, Any] = {"exact": exact, "bound": bound or computed}
 
     def for_any_size() -> PortedNetwork | None:
@@ -226,11 +226,11 @@ def _ported(
     return replace(made, source=source, notes=(*made.notes, why))
 
 
-def _raises(ported: PortedNetwork, shapes: Shapes) -> bool:
-    """Whether a network raises with inputs of these shapes."""
+def _raises(create: Callable[[], nnx.Module], shapes: Shapes) -> bool:
+    """Whether the network that is created raises with inputs of these shapes."""
     inputs = [jax.ShapeDtypeStruct((2, *one[1:], one[0]), np.float32) for one in shapes]
     try:
-        nnx.eval_shape(lambda model, *images: model(*images), ported.create(), *inputs)
+        nnx.eval_shape(lambda model, *images: model(*images), create(), *inputs)
     except Exception:  # of jax: shapes that do not fit
         return True
     return False

@@ -18,7 +18,7 @@ from flax_resblock.cpu.pieces import InPieces
 from flax_resblock.cpu.switch import conv_lowering
 from flax_resblock.nn.variables import flat_arrays, set_values, variable_at
 from flax_resblock.parity.pair import Precision
-from flax_resblock.parity.taps import Trace, arrays_by_path, hooked, host_tree
+from flax_resblock.parity.taps import Trace, arrays_by_path, calls_replaced, hooked, host_tree
 
 
 class Program:
@@ -162,7 +162,7 @@ def _traced_once(model: nnx.Module) -> Iterator[None]:
     parts = [part for _, part in nnx.iter_modules(model) if not _has_parts(part)]
     layers = [part for part in parts if type(part).__module__.startswith("flax_resblock.nn.")]
     own = {id(part) for part in layers}
-    originals = {type(part): vars(type(part)).get("__call__") for part in layers}
+    classes = {type(part) for part in layers if "__call__" in vars(type(part))}
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @partial(jax.jit, static_argnums=0)
@@ -180,14 +180,8 @@ def _traced_once(model: nnx.Module) -> Iterator[None]:
 
         return call
 
-    changed = {cls: original for cls, original in originals.items() if original is not None}
-    for cls, original in changed.items():
-        setattr(cls, "__call__", wrap(original))  # noqa: B010
-    try:
+    with calls_replaced(classes, wrap):
         yield
-    finally:
-        for cls, original in changed.items():
-            setattr(cls, "__call__", original)  # noqa: B010
 
 
 def _has_parts(module: nnx.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from flax_resblock.errors import InputError, visible
 from flax_resblock.port.folding import NOTHING, Folded, fold
-from flax_resblock.port.frozen import detach, no_idle_autocast, without_gradients_seen
+from flax_resblock.port.frozen import PYTORCH, detach, no_idle_autocast, without_gradients_seen
 from flax_resblock.port.layers import direct_calls_seen, stochastic_depth_seen
 from flax_resblock.port.sizes import put_in_place, remember_sizes
 from flax_resblock.port.windows import Windows
@@ -184,7 +184,7 @@ def where(node: Any) -> str:
 
 
 def _is_own(line: str) -> bool:
-    return not any(f"{Path(file).parent}{os.sep}" in line for file in (torch.__file__, __file__))
+    return not any(folder in line for folder in (PYTORCH, f"{Path(__file__).parent}{os.sep}"))
 
 
 def _why_not(module: torch.nn.Module, error: Exception) -> str:
